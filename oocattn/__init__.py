@@ -13,11 +13,12 @@ from oocattn.version import __version__ as __version__
 if TYPE_CHECKING:
     from oocattn import integrations as integrations
     from oocattn import nn as nn
+    from oocattn.afterwards import survey as survey
+    from oocattn.afterwards import verify as verify
     from oocattn.api import attention as attention
     from oocattn.api import open as open
     from oocattn.api import plan as plan
     from oocattn.api import resume as resume
-    from oocattn.api import verify as verify
     from oocattn.errors import BudgetError as BudgetError
     from oocattn.errors import IntegrityError as IntegrityError
     from oocattn.errors import LockedError as LockedError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from oocattn.errors import TimeLimitError as TimeLimitError
     from oocattn.errors import WorkerLostError as WorkerLostError
     from oocattn.pipelines.result import Result as Result
+    from oocattn.pipelines.survey import Survey as Survey
     from oocattn.pipelines.watch.events import Attended as Attended
     from oocattn.pipelines.watch.events import Callback as Callback
     from oocattn.pipelines.watch.events import Committed as Committed
@@ -61,7 +63,8 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "oocattn": ["integrations", "nn"],
-    "oocattn.api": ["attention", "open", "plan", "resume", "verify"],
+    "oocattn.afterwards": ["survey", "verify"],
+    "oocattn.api": ["attention", "open", "plan", "resume"],
     "oocattn.errors": [
         "BudgetError",
         "IntegrityError",
@@ -77,6 +80,7 @@ _MODULES = {
         "WorkerLostError",
     ],
     "oocattn.pipelines.result": ["Result"],
+    "oocattn.pipelines.survey": ["Survey"],
     "oocattn.pipelines.watch.events": [
         "Attended",
         "Callback",

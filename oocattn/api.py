@@ -1,29 +1,25 @@
-"""The public functions that compute: plan, run, resume and verify exact attention over a dataset on disk."""
+"""The public functions that compute: plan, run and resume exact attention over a dataset on disk."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch  # noqa: F401 - before Zarr, which imports CuPy where there is one: torch's import then wakes all of it
 
 from oocattn import arguments, clock
-from oocattn.arguments import MOST_SEED, Duration, Size, checked
-from oocattn.denormals import keep_denormals
+from oocattn.arguments import Duration, Size, checked
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines import session
-from oocattn.pipelines.engines import DASHBOARD, ENGINES, refuse_without_pass
-from oocattn.pipelines.existing import Request, open_result, result_at
+from oocattn.pipelines.engines import DASHBOARD, ENGINES
+from oocattn.pipelines.existing import Request, open_result
 from oocattn.pipelines.result import Result
-from oocattn.pipelines.second_pass import FirstPass, second_pass
 from oocattn.pipelines.session import Resuming
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
-from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
 from oocattn.planning.measure import plan_here
 from oocattn.planning.options import DECOMPOSITIONS, MAX_CHUNKS
@@ -34,13 +30,9 @@ from oocattn.storage.inputs.opening import InputsLike, parse_inputs
 from oocattn.storage.paths import LOCKS, ResultLike, ResultPaths
 from oocattn.storage.remote.limits import limited
 from oocattn.storage.remote.options import StorageOptions, parse_options
-from oocattn.storage.results.arrays import ResultArrays
 
 if TYPE_CHECKING:  # importing distributed takes a second: only runs do, while the GPU starts
     from distributed import Client
-
-    from oocattn.verification.all_rows import AllRowsArrays
-    from oocattn.verification.certificate import Certificate
 
 PLAN_OPTIONS = {
     "device_memory": arguments.size,
@@ -162,8 +154,8 @@ def attention(
     TaskError (a task failed time and again), StalledError (no task made progress for minutes), WorkerLostError and OSError.
     Then nothing has appeared at `result`, and the run can be resumed unless the error says otherwise.
     """
-    until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
-    listeners = _listeners(callbacks, progress)
+    until, workplace = end_of(time_limit), Workplace(engine, client, dashboard_address)
+    listeners = listeners_of(callbacks, progress)
     with limited(until):
         paths = ResultPaths.at(result, scratch, lock, storage_options)
         opened, problem = open_posed(inputs, asked, storage_options)
@@ -197,15 +189,15 @@ def resume(
     where its certificate failed. Raises ProblemError where no run has begun, IntegrityError where the dataset has changed
     since or the journal is damaged, and what `attention` raises.
     """
-    until, workplace = _end(time_limit), Workplace(engine, client, dashboard_address)
+    until, workplace = end_of(time_limit), Workplace(engine, client, dashboard_address)
     named = None if inputs is None else parse_inputs(inputs)
-    resuming, listeners = Resuming(accept_other_bits, check_finished), _listeners(callbacks, progress)
+    resuming, listeners = Resuming(accept_other_bits, check_finished), listeners_of(callbacks, progress)
     with limited(until):
         paths = ResultPaths.at(result, scratch, lock, storage_options)
         return session.resume(paths, named, resuming, workplace, listeners, until, storage_options)
 
 
-def _listeners(callbacks: Sequence[Callback], progress: bool) -> list[Callback]:
+def listeners_of(callbacks: Sequence[Callback], progress: bool) -> list[Callback]:
     """The caller's listeners, and a progress bar where it is asked for."""
     if not progress:
         return list(callbacks)
@@ -214,7 +206,7 @@ def _listeners(callbacks: Sequence[Callback], progress: bool) -> list[Callback]:
     return [*callbacks, ProgressBar()]
 
 
-def _end(time_limit: Duration | None) -> float:
+def end_of(time_limit: Duration | None) -> float:
     """When a run that begins now must have ended, in seconds since the epoch."""
     return math.inf if time_limit is None else clock.now() + cast(float, time_limit)
 
@@ -226,79 +218,3 @@ def open(result: ResultLike, *, scratch: str | Path | None = None, storage_optio
     `scratch` and `storage_options` are those of the run: of a result in a Zarr store the report is in `scratch`.
     """
     return open_result(result, scratch, storage_options)
-
-
-@checked(
-    rows=arguments.integer(1),
-    seed=arguments.integer(0, MOST_SEED),
-    host_memory=arguments.size,
-    checksums=arguments.boolean,
-    all_rows=arguments.boolean,
-    scratch=arguments.path,
-    **RUN_OPTIONS,
-)
-def verify(
-    result: ResultLike,
-    *,
-    rows: int = 64,
-    seed: int = 0,
-    inputs: InputsLike | None = None,
-    host_memory: Size | None = None,
-    checksums: bool = True,
-    all_rows: bool = False,
-    time_limit: Duration | None = None,
-    engine: Engine = "dask",
-    client: Client | None = None,
-    dashboard_address: str = DASHBOARD,
-    callbacks: Sequence[Callback] = (),
-    progress: bool = False,
-    scratch: str | Path | None = None,
-    storage_options: StorageOptions | None = None,
-) -> Certificate:
-    """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
-
-    Of at most `rows` rows up to a quarter are chosen by their place, the others drawn uniformly, by `seed`. `host_memory`
-    bounds what is held, in bytes (default: half of the free memory); `checksums=False` reads the sampled rows alone.
-    `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, on the CPU, which
-    goes on where it was cut off; the options from `time_limit` to `progress` are its own, as of `attention`. The certificate
-    is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where it cannot be, a warning says so.
-
-    Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
-    and BudgetError, with the smallest budget that works.
-    """
-    from oocattn.pipelines.watch.full_report import renew_full_report
-    from oocattn.verification.certify import certify  # `plan` does not need it
-
-    if not all_rows:
-        how = {"time_limit": time_limit, "engine": engine, "client": client, "dashboard_address": dashboard_address}
-        refuse_without_pass({**how, "callbacks": [*callbacks], "progress": progress})
-    named, until = None if inputs is None else parse_inputs(inputs), _end(time_limit)
-    carrying_out = Workplace(engine, client, dashboard_address), _listeners(callbacks, progress), until
-    chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options}
-    chosen["host_memory"] = default_host_memory() if host_memory is None else host_memory
-    with limited(until):
-        paths = ResultPaths.at(result, scratch, storage_options=storage_options)
-        found = result_at(paths)
-        arrays = ResultArrays(found.out, found.lse)
-        asked = (paths, arrays, named, storage_options), seed, cast("int | None", host_memory)
-        every = _every_row(*asked, carrying_out) if all_rows else nullcontext()
-        with every as compared, keep_denormals():
-            certificate = certify(paths, arrays, inputs=named, all_rows=compared, **chosen)
-    if certificate.files:
-        renew_full_report(paths)
-    return certificate
-
-
-@contextmanager
-def _every_row(
-    place: tuple[ResultPaths, ResultArrays, InputsLike | None, StorageOptions | None],
-    seed: int,
-    host_memory: int | None,
-    carrying_out: tuple[Workplace, Sequence[Callback], float],
-) -> Iterator[AllRowsArrays]:
-    """What a second pass over a result leaves, to be judged while inside."""
-    from oocattn.verification.all_rows import AllRowsArrays
-
-    first = FirstPass.open(*place)
-    with second_pass(first, seed, host_memory, *carrying_out) as second:
-        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first))

@@ -11,7 +11,7 @@ import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -189,6 +189,18 @@ def choice(*allowed: str) -> Check:
         if isinstance(found, str) and found in allowed:
             return allowed[allowed.index(found)]  # no subclass of str
         raise refused(name, value, f"one of {', '.join(allowed)}")
+
+    return check
+
+
+def choices(*allowed: str) -> Check:
+    """Some of a few words, each once, in their order here; at least one."""
+
+    def check(name: str, value: object) -> tuple[str, ...]:
+        words = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
+        if not words or any(word not in allowed for word in words):
+            raise refused(name, value, f"some of {', '.join(allowed)}")
+        return tuple(word for word in allowed if word in words)
 
     return check
 

@@ -16,6 +16,7 @@ _COMMAND_NAMES = {
     "client": "scheduler",
     "dashboard_address": "dashboard",
     "inputs": "dataset, or --q --k --v",
+    "map": "draw",
     "storage_options": "storage-option",
 }
 """Arguments that have another name on the command line."""

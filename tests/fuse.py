@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from refusing import place_of
+
 from oocattn.operations import forward
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended
+from oocattn.storage.files import renaming
 
 STEPS = ("pwrite", "fsync", "replace", "rename", "unlink")
 """Functions of `os` that bring a run's files about; each call is a moment."""
@@ -38,6 +41,7 @@ class Fuse:
         self._log = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         for name in STEPS:
             setattr(os, name, self._counted(name, getattr(os, name)))
+        renaming._rename_no_replace = self._counted("rename", renaming._rename_no_replace)
         for name in ("merge", "finalise"):
             setattr(forward, name, self._moment(getattr(forward, name)))
         if "s3fs" in sys.modules:
@@ -80,7 +84,7 @@ class Fuse:
 
     def _counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(target: Any, *arguments: Any, **options: Any) -> Any:
-            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(target)
+            path = place_of((target, *arguments), options)
             if path.startswith(self.folder) and self.burn() and name == "pwrite":
                 content, offset = arguments
                 real(target, content[: len(content) // 2], offset)

@@ -6,6 +6,7 @@
     python tests/killing.py --moments 50 --store            (to S3 on the loopback; it takes moto and s3fs)
     python tests/killing.py --moments 50 --store --scratch  (each resumed by another machine)
     python tests/killing.py --moments 50 --all-rows         (second passes over a result, which go on)
+    python tests/killing.py --moments 50 --survey           (surveys; with --overwrite of a result that has another)
 
 A run that was killed is resumed; one whose worker was killed goes on by itself. Runs are forks of this process, which has
 imported everything and started nothing; workers are two processes that are replaced when they die. It prints a tally, and
@@ -32,7 +33,7 @@ import dask
 import warm  # noqa: F401  worker processes are its forks
 from distributed import Client, LocalCluster
 from fuse import arm, moments
-from killing_places import PassPlace, Place, StorePlace
+from killing_places import PassPlace, Place, StorePlace, SurveyPlace
 from object_store import serving_s3_apart
 from support import carry_out, normal_arrays, plan_for, replanned, write_dataset
 
@@ -88,6 +89,8 @@ def parsed(life: str) -> list[tuple[str, tuple[str, ...], float]]:
 
 
 def place_of(folder: Path, options: argparse.Namespace) -> Place:
+    if options.survey:
+        return SurveyPlace(folder)
     return (PassPlace if options.all_rows else StorePlace if options.store else Place)(folder)
 
 
@@ -109,6 +112,9 @@ def run_or_resume(folder: Path, options: argparse.Namespace) -> None:
     """As a user would: a run that was killed before its journal was there begins anew."""
     if options.all_rows:
         PassPlace(folder).compute()
+        return
+    if options.survey:
+        SurveyPlace(folder).compute(options.chunks, options.partials)
         return
     place = place_of(folder, options)
     place.enter()
@@ -143,7 +149,7 @@ def fork(work: Callable[[], object], folder: Path, last: int | None = None) -> b
 
 def begin_anew(folder: Path, options: argparse.Namespace) -> None:
     place_of(folder, options).clear()
-    if options.overwrite:
+    if options.overwrite and not options.survey:
         shutil.copytree(folder / "other.zarr", folder / "result.zarr")
     (folder / "log").write_bytes(b"")
 
@@ -209,7 +215,8 @@ def kill_workers_of(client: Client, folder: Path, options: argparse.Namespace, t
         tally.check(place_of(folder, options), expected, last)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """What a command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--moments", type=int, default=200, help="how many to kill (default: %(default)s)")
     parser.add_argument("--workers", action="store_true", help="kill workers instead of runs")
@@ -225,8 +232,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", action="store_true", help="write results to S3, on the loopback")
     parser.add_argument("--inline", action="store_true", help="without Dask: a third of the time")
     parser.add_argument("--all-rows", action="store_true", help="kill second passes over a result instead of runs")
+    parser.add_argument("--survey", action="store_true", help="kill surveys of a result instead of runs")
     parser.add_argument("--scratch", action="store_const", const="store", help="keep job state there as well")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = options_of(arguments)
     memory, tally = Path("/dev/shm"), Tally()
     server = serving_s3_apart() if options.store else nullcontext({})
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name, server as StorePlace.server:
@@ -237,11 +249,15 @@ def main(arguments: list[str] | None = None) -> int:
             store_lock.BEAT = 0.05  # a stale lock is known by silence
         folder = Path(name)
         fork(lambda: write_dataset(folder / "dataset.zarr", normal_arrays(400, heads=4, kv_heads=2)), folder)
-        if options.overwrite:
+        if options.overwrite and not options.survey:
             fork(lambda: write_other(folder), folder)
-        if options.all_rows:
+        if options.all_rows or options.survey:
             options.partials = options.places[0]
-            fork(lambda: run(folder, options, None), folder)
+            first = argparse.Namespace(**{**vars(options), "overwrite": False})
+            fork(lambda: run(folder, first, None), folder)
+        if options.survey:
+            SurveyPlace.replaces = options.overwrite
+            fork(SurveyPlace(folder).keep, folder)
         if options.workers:
             kill_workers(folder, options, tally)
         else:

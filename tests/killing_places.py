@@ -1,4 +1,4 @@
-"""Where what is killed leaves its result, and what of it is compared: a local result, one in a store, a second pass."""
+"""Where what is killed leaves its result, and what of it is compared: local or in a store, of a second pass, of a survey."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 from object_store import BUCKET, empty, objects_in
+from passes import planned
 from support import BESIDE, MACHINE
 
+import oocattn
 from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines import second_pass
 from oocattn.pipelines.engines import DASHBOARD
 from oocattn.pipelines.existing import result_at
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning import measure
-from oocattn.storage.paths import ResultPaths
+from oocattn.problem.second_pass import SecondPass
+from oocattn.storage.paths import ALL_ROWS, ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 
 
@@ -102,7 +105,8 @@ class PassPlace(Place):
         result = result_at(self.paths)
         first = second_pass.FirstPass.open(self.paths, ResultArrays(result.out, result.lse), None, None)
         workplace = Workplace("inline", None, DASHBOARD)
-        with second_pass.second_pass(first, 7, 1 << 30, workplace, [], math.inf) as found:
+        asked = second_pass.Asked(SecondPass(7), ALL_ROWS, other=True)
+        with second_pass.second_pass(first, asked, 1 << 30, workplace, [], math.inf) as found:
             for name, array in found.arrays.by_name.items():
                 (self.folder / f"pass-{name}").write_bytes(np.asarray(array[...]).tobytes())
 
@@ -115,3 +119,29 @@ class PassPlace(Place):
                 shutil.rmtree(path)
         for path in self.folder.glob("pass-*"):
             path.unlink()
+
+
+class SurveyPlace(Place):
+    """A local result that is surveyed, in place of another survey where it `replaces` one: all of its files are compared."""
+
+    replaces: ClassVar[bool] = False
+
+    def compute(self, chunks: int, partials: str) -> None:
+        """Survey the result, by so many chunks."""
+        with planned(chunks, partials=partials):
+            oocattn.survey(self.result, top=4, pool=16, engine="inline", overwrite=self.replaces)
+
+    def bits(self) -> dict[str, bytes]:
+        return {str(path.relative_to(self.result)): path.read_bytes() for path in self.result.rglob("*") if path.is_file()}
+
+    def keep(self) -> None:
+        """Have the result as it is brought back by `clear`."""
+        if self.replaces:
+            with planned(1):
+                oocattn.survey(self.result, top=2, pool=5, mean_heads=True, engine="inline")
+        for place in (self.result, self.paths.state):
+            shutil.copytree(place, self.folder / "kept" / place.name)
+
+    def clear(self) -> None:
+        super().clear()
+        shutil.copytree(self.folder / "kept", self.folder, dirs_exist_ok=True)

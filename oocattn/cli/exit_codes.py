@@ -25,4 +25,7 @@ signal's number and 128."""
 def explain_exit_codes() -> str:
     """One sentence for --help."""
     codes = ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
-    return f"Exit codes: {codes}; resume continues a run that ended with {TIME_LIMIT} or more."
+    return (
+        f"Exit codes: {codes}; resume continues a run that ended with {TIME_LIMIT} or more, and the same "
+        "command a survey or verify --all-rows."
+    )

@@ -20,6 +20,7 @@ from oocattn.cli.options import PLAN_CHOICES, Command, make_parser
 from oocattn.cli.printing import Printing
 from oocattn.cli.reporting import report
 from oocattn.cli.signals import Signals
+from oocattn.cli.surveying import survey
 from oocattn.cli.usage import check_words
 from oocattn.cli.verifying import verify
 from oocattn.errors import OocattnError, ProblemError, TimeLimitError
@@ -114,7 +115,7 @@ def _how_to_go_on(options: argparse.Namespace) -> str:
                 return f"; go on with: {found.resume}"
             if found.state == "none":
                 return "; the run had not begun: give the same command again"
-        if options.command is verify and options.all_rows:
+        if options.command is survey or (options.command is verify and options.all_rows):
             return "; what is done is kept: give the same command again"
     return ""
 
@@ -264,9 +265,10 @@ _COMMANDS: dict[str, Command] = {
     "status": _status,
     "report": report,
     "verify": verify,
+    "survey": survey,
     "doctor": _doctor,
     "bench": _bench,
 }
 
-_PRINTERS = (_plan, _status, report, verify, _doctor, _bench)
+_PRINTERS = (_plan, _status, report, verify, survey, _doctor, _bench)
 """Commands whose work is what they print: where that cannot be written, they have failed."""

@@ -25,6 +25,7 @@ from oocattn.cli.readers import side as _side
 from oocattn.cli.readers import size as _size
 from oocattn.cli.readers import span as _span
 from oocattn.cli.reporting import DESCRIPTION, add_report
+from oocattn.cli.surveying import add_survey
 from oocattn.cli.verifying import add_verify
 from oocattn.kernels.registry import kernel_names
 from oocattn.planning.devices import DEVICES, DISK_RATE
@@ -283,6 +284,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
         "check a result: some rows in float64 or all, and all checksums; exit code 1 if it is wrong, 3 if inconclusive",
         add_verify,
     ),
+    "survey": ("add to a result what its rows attend: weights received, entropy, top keys, a map", add_survey),
     "doctor": (
         "check this machine: kernels against float64, rates, memory, disk, dashboard; exit code 1 if a check fails",
         lambda parser: None,
@@ -291,5 +293,9 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
 }
 """By name: the description of a command, and the function that adds its options."""
 
-_READING = {"plan": add_inputs, "run": add_inputs, "resume": add_moved_inputs, "verify": add_moved_inputs}
+_READING = {
+    "plan": add_inputs,
+    "run": add_inputs,
+    **dict.fromkeys(("resume", "verify", "survey"), add_moved_inputs),
+}
 """The commands that read inputs, and the function that adds where these are."""

@@ -11,6 +11,7 @@ from oocattn import arguments
 from oocattn.errors import ProblemError
 from oocattn.planning.devices import disk_rate
 from oocattn.problem.arrays import DTYPES
+from oocattn.problem.second_pass import ARRAYS
 from oocattn.problem_arguments import softcap
 from oocattn.units import parse_duration, parse_size
 
@@ -53,6 +54,11 @@ def _parse_indices(text: str) -> list[int]:
         raise arguments.refused("", text, "whole numbers, H,H,...") from None
 
 
+def _parse_arrays(text: str) -> tuple[str, ...]:
+    found: tuple[str, ...] = arguments.choices(*ARRAYS)("", [name.strip() for name in text.split(",")])
+    return found
+
+
 def _parse_numbers(text: str) -> list[float] | str:
     """Numbers between commas; any other text is the path of a file or the name of an array."""
     try:
@@ -64,6 +70,7 @@ def _parse_numbers(text: str) -> list[float] | str:
 size, duration = _reader(parse_size), _reader(parse_duration)
 count, side = _reader(_parse_count), _reader(_parse_side)
 span, indices, numbers = _reader(_parse_span), _reader(_parse_indices), _reader(_parse_numbers)
+surveyed = _reader(_parse_arrays)
 DTYPE: dict[str, Any] = {"type": _reader(partial(arguments.dtype, "")), "metavar": f"{{{','.join(DTYPES)}}}"}
 SEED = _reader(lambda text: arguments.integer(0, arguments.MOST_SEED)("", int(text)))
 SCALE = _reader(lambda text: arguments.scale("", float(text)))

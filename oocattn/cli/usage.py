@@ -12,6 +12,7 @@ from oocattn.naming import named
 from oocattn.pipelines.engines import check_engine, refuse_without_pass
 from oocattn.planning.options import MAX_CHUNKS
 from oocattn.problem.options import ProblemOptions
+from oocattn.problem.second_pass import MOST_POOLS, MOST_TOP
 from oocattn.storage.locations import output_path, parse_location
 from oocattn.storage.paths import STORE, ResultPaths
 
@@ -31,14 +32,19 @@ def check_words(options: argparse.Namespace) -> None:
         refuse_without_pass({names.get(name, name): given[name] for name in of_pass})
     if given.get("chunks") is not None:
         integer(1, MAX_CHUNKS)("chunks", given["chunks"])
+    for name, most in {"top": MOST_TOP, "pool": MOST_POOLS}.items():
+        if name in given:
+            integer(1, most)(name, given[name])
     if "sink_tokens" in given:
         left, right = given["window_size"] or (None, None)
         causal = given["causal"] if "causal" in given else not given["full"]
         ProblemOptions(causal, window_size=(left, right), prefix=given["prefix"], sink_tokens=given["sink_tokens"]).check()
-    for name, suffix in {"timeline": ".json", "draw": ".svg"}.items():
+    for name, suffix in {"timeline": ".json", "draw": ".svg", "map": ".png"}.items():
         file = given.get(name)
         if file is not None and PurePath(file).suffix.lower() != suffix:
             raise ProblemError(f"{named(name)} {file}: expected the name of a file that ends in {suffix}")
+    if given.get("map") is not None and "pooled" not in given["arrays"]:
+        raise ProblemError(f"{named('map')} needs the map: ask for pooled among {named('arrays')} too")
 
 
 def _check_inputs(options: argparse.Namespace) -> None:

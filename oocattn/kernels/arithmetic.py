@@ -7,7 +7,6 @@ small problem like the one that is run: with its kind of mask, its terms of a sc
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -18,10 +17,10 @@ from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.given import Array, GivenArrays
 from oocattn.problem.problem import Problem
-from oocattn.problem.second_pass import sign_vectors
 
 ROWS, KEYS = 64, 512  # size of the problem whose bits are hashed: every vector width, some milliseconds
 FIRST_KEYS = 320  # of its first call, to whose state the second one adds
@@ -104,18 +103,25 @@ def _bits(kernel: str, problem: Problem) -> str:
         problem.slopes(group),
         bias.float() if problem.bias_heads else None,
     )
-    if (asked := problem.second_pass) is not None:
-        shift = torch.full((heads, ROWS), math.log(KEYS), dtype=torch.float32, device="cpu")
-        operands = replace(operands, shift=shift, projection=torch.from_numpy(sign_vectors(asked.seed, problem.value_dim)))
     state = AttentionState.empty(heads, ROWS, problem.columns, "cpu")
     for keys in (range(FIRST_KEYS), range(FIRST_KEYS, KEYS)):
-        get_kernel(kernel).attend(operands.part(range(ROWS), keys), state)
+        part = operands.part(range(ROWS), keys)
+        if problem.second_pass is not None:
+            part = of_second_pass(part, problem.second_pass, _log_sums(operands))
+        get_kernel(kernel).attend(part, state)
     out, lse = torch.empty_like(state.num), torch.empty_like(state.den)
     finalise(state, out, lse, problem.sinks(group))
     digest = hashlib.sha256()
     for tensor in (state.num, state.den, state.max, out, lse):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _log_sums(operands: Operands) -> torch.Tensor:
+    """The log-sum-exp of each row [g, n]."""
+    state = AttentionState.empty(len(operands.query), operands.rows, operands.value.shape[1], "cpu")
+    get_kernel("reference").attend(operands, state)
+    return state.max + torch.log(state.den)
 
 
 def _numbers(dtype: str, *shapes: list[int]) -> list[torch.Tensor]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from oocattn.kernels.intervals import Band, Intervals
+from oocattn.kernels.reductions.base import Reducing
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
 from oocattn.problem.scores import Scores
@@ -28,7 +29,8 @@ class Operands:
     added to the scores. `attended`: called by kernels of the CPU, from any thread, with the pairs of a head that they have
     attended since they called it; about as many as there are. `shift` [g, n] and `projection` [Dv, W], float32, are of a
     second pass: scores are taken less the row's shift, with 0 as the state's maximum, and values times the projection, which
-    the state has W columns for. They are for kernels that take `shifted` scores.
+    the state has W columns for; or the weights are `reducing`, and the state has the columns of that. They are for kernels
+    that take `shifted` scores.
     """
 
     query: torch.Tensor
@@ -41,6 +43,7 @@ class Operands:
     attended: Callable[[int], object] | None = None
     shift: torch.Tensor | None = None
     projection: torch.Tensor | None = None
+    reducing: Reducing | None = None
 
     def __post_init__(self) -> None:
         query, key, value, intervals = self.query, self.key, self.value, self.intervals
@@ -94,7 +97,7 @@ class Operands:
     def part(self, rows: range, keys: range) -> Operands:
         """A tile of the call, as views; without intervals where its rows attend all its keys and need no positions.
 
-        It does not tell what is attended.
+        It does not tell what is attended, and its weights are not reduced.
         """
         intervals = self.intervals and self.intervals.part(rows, keys)
         if intervals is not None and self.slopes is None and intervals.is_full:
@@ -113,8 +116,8 @@ class Operands:
 
     def check(self, state: AttentionState) -> None:
         """Raise ValueError for the state of other rows, heads or columns."""
-        columns = self.value if self.projection is None else self.projection
-        expected = (*self.query.shape[:2], columns.shape[1])
+        columns = (self.value if self.projection is None else self.projection).shape[1]
+        expected = (*self.query.shape[:2], columns if self.reducing is None else self.reducing.columns)
         if state.num.shape != expected:
             raise ValueError(f"state of {list(state.num.shape)}: expected {list(expected)}")
 

@@ -15,6 +15,8 @@ a pair at D = 64: the products 1.45 and 0.40, exp2 0.56 (exp: 1.4); torch's flas
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +28,10 @@ from oocattn.kernels.intervals import Int32s
 from oocattn.kernels.kernel import Kernel, Operands, unsupported_dtype
 from oocattn.kernels.merging import merge
 from oocattn.kernels.plain import PRODUCT_BYTES, add_terms, sum_not_finite
+from oocattn.kernels.reductions import reductions_of
+from oocattn.kernels.reductions.base import KeySums, RowSums, WeightTile, merge_reduced
 from oocattn.kernels.settings import full_precision
-from oocattn.kernels.shares import attend_shares
+from oocattn.kernels.shares import InOrder, attend_shares
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.bounds import hull
@@ -38,14 +42,16 @@ from oocattn.units import ceil_div
 _BLOCK = 256  # rows of a tile over all heads; rows that are apart share fewer keys
 _KEYS = 1024  # keys of a tile: its weights, 1 MiB
 _BLOCKS = 16  # blocks of a share at most: each tile of keys is made ready once for them
+_SUMMED_BLOCKS = 4  # of a share where weights are summed over rows as well
 _SHARES = 4  # for each thread, where there are rows enough: under a causal mask some have far more keys than others
 _ROW_QUANTUM = 8  # rows of a block are a multiple of it, if more
 _WORTH = 32768  # pairs of all heads that take as long as a block does besides its pairs: 0.1 ms
+_OWN_PAGES = 1 << 17  # bytes of a tensor
 _LOG2_E = math.log2(math.e)
 
 
 class WeightsKernel(Kernel):
-    """Sums of exp(score - shift), and of these weights times projected values, in float32.
+    """Sums of exp(score - shift), and of these weights times projected values or what reductions make of them, in float32.
 
     A weight is as exact as its score is in float32: to sqrt(D) 2^-25 times the score's size (standard deviation, at most),
     measured at D = 64: 1.6e-6 where scores reach 30, and 1.3e-3 where they are 1e4. Its bits do not depend on
@@ -57,16 +63,23 @@ class WeightsKernel(Kernel):
 
     @full_precision(torch.device("cpu"))
     def attend(self, operands: Operands, state: AttentionState) -> None:
-        if operands.shift is None or operands.projection is None:
-            raise ValueError("operands without shift or projection: expected both, as of a second pass")
+        if operands.shift is None or (operands.projection is None) == (operands.reducing is None):
+            raise ValueError("expected operands of a second pass: with a shift, and either a projection or what is reduced")
         operands.check(state)
         if operands.rows == 0 or operands.keys == 0:
             return
 
+        in_order = InOrder()
+
         def attend_share(share: _Share) -> None:
-            own = state.rows(share.rows.start, share.rows.stop)
-            with flush_denormals():
-                _ShareCall(operands, share, own).attend()
+            own, sums = state.rows(share.rows.start, share.rows.stop), list[KeySums]()
+            try:
+                with flush_denormals(), np.errstate(over="ignore", invalid="ignore"):  # weights of a wrong shift
+                    sums += _ShareCall(operands, share, own).attend()
+            finally:
+                with in_order.turn(share.turn):
+                    for each in sums:
+                        each.finish()
 
         attend_shares(_make_shares(operands, torch.get_num_threads()), attend_share, one_core=True)
 
@@ -80,7 +93,7 @@ class WeightsKernel(Kernel):
         hiding = 3 * rows * keys
         terms = 0 if call.plain else rows * keys + 8 * columns
         of_share = 4 * (columns * keys + of_blocks + loading + projected + hiding + terms)
-        return call.threads * (of_share + PRODUCT_BYTES)
+        return call.threads * (of_share + PRODUCT_BYTES) + (_reducing_bytes(call, step) if call.reduced else 0)
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         return "it runs on CPUs" if device.type != "cpu" else unsupported_dtype(dtype, DTYPES)
@@ -92,6 +105,7 @@ class _Sums(NamedTuple):
     block: Block
     query: torch.Tensor
     total: torch.Tensor
+    reduced: list[RowSums]
 
 
 class _Loaded(NamedTuple):
@@ -114,13 +128,15 @@ class _ShareCall:
     """Rows of a call that one thread attends: each tile of keys is made ready once, and met by one block after another."""
 
     def __init__(self, operands: Operands, share: _Share, state: AttentionState) -> None:
-        assert operands.projection is not None
-        self.operands, self.share = operands.part(share.rows, range(operands.keys)), share
+        self.operands, self.share, self.reducing = operands.part(share.rows, range(operands.keys)), share, operands.reducing
         self.told, self.state, self.is_plain = operands.attended, state, operands.is_plain
         self.group_size, _, self.head_dim = operands.query.shape
-        self.projection = operands.projection.T.clone()
+        nothing = _empty(0, operands.value.shape[1])
+        self.projection = nothing if operands.projection is None else operands.projection.T.clone()
         most = min(operands.keys, _KEYS)
-        self.weights = _empty(most * self.group_size * max(map(len, share.blocks)))
+        self.exponents = self.weights = _empty(most * self.group_size * max(map(len, share.blocks)))
+        if self.reducing is not None and self.reducing.needs_exponents:
+            self.exponents = _empty(len(self.weights))
         self.key = _empty(most, self.head_dim + 1)
         self.key[:, self.head_dim] = 1.0  # times the last column of a block's query
         self.value = _empty(most, operands.value.shape[1])
@@ -133,9 +149,11 @@ class _ShareCall:
         self.added = self._added()
         first = share.rows.start
         self.sums = [self._sums(range(rows.start - first, rows.stop - first)) for rows in share.blocks]
+        along_rows = [] if self.reducing is None else self.reducing.sums
+        self.key_sums = [each.begin(self.reducing.places, share.rows) for each in along_rows if self.reducing is not None]
 
-    def attend(self) -> None:
-        """Add what the rows attend to their state."""
+    def attend(self) -> list[KeySums]:
+        """Add what the rows attend to their state; return what is summed over them."""
         live = [run for sums in self.sums for run in sums.block.live]
         first, stop = min((run.start for run in live), default=0), max((run.stop for run in live), default=0)
         for start in range(first - first % _KEYS, stop, _KEYS):  # tiles that do not depend on the share
@@ -148,6 +166,7 @@ class _ShareCall:
             if self.told is not None:
                 self.told(pairs)
         self._finish()
+        return self.key_sums
 
     def _sums(self, rows: range) -> _Sums:
         operands, of_rows = self.operands, slice(rows.start, rows.stop)
@@ -159,7 +178,10 @@ class _ShareCall:
         of_heads[:, :, :-1].copy_(scaled.mul_(operands.scores.scale * self.unit))
         of_heads[:, :, -1].copy_(self.added[:, of_rows])
         bounds = None if self.bounds is None else self.bounds[of_rows]
-        return _Sums(Block.of(rows, operands.keys, bounds), query, total)
+        begun: list[RowSums] = []
+        if (reducing := self.reducing) is not None:
+            begun = [each.begin(self.group_size, len(rows), reducing.places.key_tokens) for each, _ in reducing.rows]
+        return _Sums(Block.of(rows, operands.keys, bounds), query, total, begun)
 
     def _added(self) -> torch.Tensor:
         """What is added to scores so that they are shifted: float64 [g, rows]."""
@@ -178,36 +200,49 @@ class _ShareCall:
 
     def _attend(self, sums: _Sums, keys: range) -> int:
         """Add some keys of the tile to the sums of a block; return the pairs that it attends."""
-        (block, query, total), (_, key, projected, is_finite) = sums, self.loaded.part(keys)
-        weights = (
-            self._plain_weights(query, key) if self.is_plain else self._weights_with_terms(query, key, block.rows, keys)
-        )
+        (block, query, total, _), (_, key, projected, is_finite) = sums, self.loaded.part(keys)
+        exponents = self._plain_scores(query, key) if self.is_plain else self._scores_with_terms(sums, key, keys)
+        weights: torch.Tensor = torch.exp2(exponents, out=_laid_out(self.weights, exponents))
         pairs = len(block.rows) * len(keys)
         for part in block.partial(keys):
             bounds = block.bounds_within(part)
-            self._clear_hidden(weights[part.start - keys.start : part.stop - keys.start], bounds)
+            for hidden in (weights, exponents) if self.exponents is not self.weights else (weights,):
+                self._clear_hidden(hidden[part.start - keys.start : part.stop - keys.start], bounds)
             pairs -= len(block.rows) * len(part) - int((bounds[:, 1::2] - bounds[:, ::2]).sum())
         if not is_finite:
             met = sum_not_finite(projected[:-1].T, torch.from_numpy(block.bounds_within(keys)).long())  # [rows, W]
             total[:-1].unflatten(1, (self.group_size, -1)).add_(met.T.unsqueeze(1))
             projected = projected.nan_to_num(0.0, 0.0, 0.0)
-        total.addmm_(projected, weights)
+        if self.reducing is None:
+            total.addmm_(projected, weights)
+        else:
+            total.add_(weights.sum(0))
+            self._reduce(sums, WeightTile(weights, exponents, self.group_size, block.rows, keys))
         return pairs
 
-    def _plain_weights(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Weights [keys, g rows] as if every row attended all of some keys."""
-        shape = len(key), len(query)
-        weights: torch.Tensor = torch.mm(key, query.T, out=self.weights.as_strided(shape, (len(query), 1)))
-        return weights.exp2_()
+    def _reduce(self, sums: _Sums, tile: WeightTile) -> None:
+        """Have a tile of weights of a block reduced."""
+        of_call = range(self.share.rows.start + tile.rows.start, self.share.rows.start + tile.rows.stop)
+        for each in self.key_sums:
+            each.add(replace(tile, rows=of_call))
+        for reduced in sums.reduced:
+            reduced.add(tile)
 
-    def _weights_with_terms(self, query: torch.Tensor, key: torch.Tensor, rows: range, keys: range) -> torch.Tensor:
+    def _plain_scores(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Logarithms to the base 2 of weights [keys, g rows] as if every row attended all of some keys."""
+        shape = len(key), len(query)
+        found: torch.Tensor = torch.mm(key, query.T, out=self.exponents.as_strided(shape, (len(query), 1)))
+        return found
+
+    def _scores_with_terms(self, sums: _Sums, key: torch.Tensor, keys: range) -> torch.Tensor:
         """The same of scores with terms; beside these it does not matter that the narrow product is slower."""
-        products = self.weights.as_strided((len(query), len(key)), (len(key), 1))
+        query, rows = sums.query, sums.block.rows
+        products = self.exponents.as_strided((len(query), len(key)), (len(key), 1))
         scores: torch.Tensor = torch.mm(query[:, :-1], key[:, :-1].T, out=products).unflatten(0, (self.group_size, -1))
         less = add_terms(scores, self.operands.part(rows, keys))
         added = self.added[:, rows.start : rows.stop]
         scores.add_((added if less is None else added - less).float().unsqueeze(-1))
-        return scores.mul_(_LOG2_E).exp2_().flatten(0, 1).T
+        return scores.mul_(_LOG2_E).flatten(0, 1).T
 
     def _clear_hidden(self, weights: torch.Tensor, bounds: Int32s) -> None:
         """Set weights [keys, g rows] of keys that a row does not attend to 0, in place."""
@@ -219,13 +254,26 @@ class _ShareCall:
     def _finish(self) -> None:
         """Add the sums of all blocks to the state."""
         total = torch.cat([sums.total.unflatten(1, (self.group_size, -1)) for sums in self.sums], 2)
-        lost = (self.added - self.added.float()).nan_to_num_(0.0)  # of the shifts, in float32
-        total.mul_(torch.exp2(lost).float())  # [W + 1, g, rows]
+        lost = torch.exp2((self.added - self.added.float()).nan_to_num_(0.0))  # of the shifts, in float32
+        total.mul_(lost.float())  # [W + 1, g, rows]
         maximum = torch.zeros_like(total[-1])
         if self.bounds is not None:
             counts = torch.from_numpy((self.bounds[:, 1::2] - self.bounds[:, ::2]).sum(1))
             maximum.masked_fill_(counts == 0, -math.inf)
-        merge(self.state, AttentionState.without_ledger(total[:-1].movedim(0, 2), total[-1], maximum))
+        if self.reducing is None:
+            merge(self.state, AttentionState.without_ledger(total[:-1].movedim(0, 2), total[-1], maximum))
+        else:
+            found = AttentionState.without_ledger(self._columns(lost), total[-1], maximum)
+            merge_reduced(self.reducing.rows, self.state, found)
+
+    def _columns(self, factor: torch.Tensor) -> torch.Tensor:
+        """The columns of all reductions along keys: [g, rows, columns]."""
+        found = []
+        for sums in self.sums:
+            of_rows = factor[:, sums.block.rows.start : sums.block.rows.stop]
+            columns = [each.columns(of_rows) for each in sums.reduced]
+            found.append(torch.cat(columns or [torch.zeros((*of_rows.shape, 1), dtype=torch.float32, device="cpu")], 2))
+        return torch.cat(found, 1)
 
 
 def _bit_mask(keys: int, bounds: Int32s) -> torch.Tensor:
@@ -244,10 +292,16 @@ def _bit_mask(keys: int, bounds: Int32s) -> torch.Tensor:
     return attended.bitwise_right_shift_(31)
 
 
+def _laid_out(memory: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of this shape and layout at the beginning of some memory."""
+    return memory.as_strided(like.shape, like.stride())
+
+
 class _Share(NamedTuple):
-    """Consecutive blocks of rows that a thread attends."""
+    """Consecutive blocks of rows that a thread attends; `turn` is its place in the order of all."""
 
     blocks: list[range]
+    turn: int
 
     @property
     def rows(self) -> range:
@@ -259,7 +313,21 @@ def _make_shares(operands: Operands, threads: int) -> list[_Share]:
     group_size = len(operands.query)
     blocks = make_blocks(operands.rows, operands.intervals, _block_rows(group_size), _WORTH // group_size)
     most = _BLOCKS if threads == 1 else min(_BLOCKS, max(1, len(blocks) // (threads * _SHARES)))
-    return [_Share(blocks[first : first + most]) for first in range(0, len(blocks), most)][::-1]
+    if operands.reducing is not None:  # whose sums would depend on the number of threads
+        most = _SUMMED_BLOCKS
+    parts = [blocks[first : first + most] for first in range(0, len(blocks), most)][::-1]
+    return [_Share(part, turn) for turn, part in enumerate(parts)]
+
+
+def _reducing_bytes(call: CallSize, block_rows: int) -> int:
+    """Bytes that reductions take besides the sums of weights."""
+    rows, keys = min(block_rows, call.rows), min(call.keys, _KEYS)
+    columns = call.group_size * rows
+    along_keys, along_rows = reductions_of(call.reduced)
+    of_rows = sum(width for _, width in along_keys)
+    of_share = 4 * columns * (2 * keys + 16 * _SUMMED_BLOCKS * (1 + of_rows)) + 16 * keys
+    of_share += sum(each.scratch_bytes(columns, keys) for each, _ in along_keys)
+    return call.threads * of_share + sum(each.scratch_bytes(call, _SUMMED_BLOCKS * rows) for each in along_rows)
 
 
 def _block_rows(group_size: int) -> int:
@@ -269,4 +337,8 @@ def _block_rows(group_size: int) -> int:
 
 
 def _empty(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    """A tensor, of pages of its own if large: of what threads free the heap keeps a part, for each of them another one."""
+    nbytes = 4 * math.prod(shape)
+    if nbytes < _OWN_PAGES:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return torch.frombuffer(mmap(-1, nbytes), dtype=torch.float32).view(shape)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from oocattn.division.base import Block
+from oocattn.kernels.reductions.base import BlockSums, Float64s, Int64s
 from oocattn.kernels.state import AttentionState
 from oocattn.operations.staging import StagedRows
 from oocattn.operations.tiles import Tile
@@ -35,6 +36,19 @@ class Input:
     def shape(self, heads: int, rows: int) -> tuple[int, ...]:
         """The shape of so many staged rows."""
         return (heads, rows, self.width) if self.width else (heads, rows)
+
+
+@dataclass(frozen=True)
+class SummedBlock:
+    """Sums over the rows of a block, for its keys: the token of each, as the problem counts them."""
+
+    sums: Sequence[BlockSums]
+    key_tokens: Int64s
+
+    @property
+    def arrays(self) -> list[Float64s]:
+        """What is kept with the block's partial."""
+        return [array for each in self.sums for array in each.arrays]
 
 
 class Operation(Protocol):
@@ -65,14 +79,19 @@ class Operation(Protocol):
         key: Sequence[Tensor],
         state: AttentionState,
         attended: Callable[[int], object] | None = None,
+        sums: SummedBlock | None = None,
     ) -> None:
         """Compute a tile, add the result to `state`, and enter the pairs in its ledger.
 
-        On a CPU `attended` is called meanwhile, from any thread, with about so many pairs of a head.
+        On a CPU `attended` is called meanwhile, from any thread, with about so many pairs of a head. What is summed over
+        rows is added to the `sums` of the tile's block, where `begin_sums` gives any.
 
         `query` and `state` are of the rows that the tile was cut for, `key` of the tile's keys: [heads, n, ...] all. On a
         GPU the work is launched on torch's current stream, and nothing waits for it.
         """
+
+    def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock | None:
+        """What is summed over the rows of a block, before its first tile; None for operations that sum nothing."""
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         """Add one state to another of the same rows, in place."""

@@ -13,7 +13,7 @@ from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
-from oocattn.operations.base import Input
+from oocattn.operations.base import Input, SummedBlock
 from oocattn.operations.ledger import LedgerChecker, enter_tile
 from oocattn.operations.staging import MOST_KEPT_DOCUMENTS, StagedRows
 from oocattn.operations.tiles import Tile, make_tiles
@@ -65,11 +65,24 @@ class Forward:
         key: Sequence[Tensor],
         state: AttentionState,
         attended: Callable[[int], object] | None = None,
+        sums: SummedBlock | None = None,
     ) -> None:
-        (q, *shift), (k, v, *bias) = (tensor[:, tile.rows.start : tile.rows.stop] for tensor in query), key
         part = state.rows(tile.rows.start, tile.rows.stop)
+        self._kernel.attend(self._operands(head_group, tile, query, key, attended), part)
+        enter_tile(part, tile)
+
+    def _operands(
+        self,
+        head_group: int,
+        tile: Tile,
+        query: Sequence[Tensor],
+        key: Sequence[Tensor],
+        attended: Callable[[int], object] | None,
+    ) -> Operands:
+        """What the kernel is given of a tile."""
+        (q, *shift), (k, v, *bias) = (tensor[:, tile.rows.start : tile.rows.stop] for tensor in query), key
         slopes = self._problem.slopes(self._problem.head_group(head_group))
-        operands = Operands(
+        return Operands(
             q,
             k[0],
             v[0],
@@ -81,8 +94,9 @@ class Forward:
             shift[0] if shift else None,
             self._projection,
         )
-        self._kernel.attend(operands, part)
-        enter_tile(part, tile)
+
+    def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock | None:
+        return None
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         merge(into, other)

@@ -19,8 +19,8 @@ class SecondPass(Forward):
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
         problem, asked = plan.problem, plan.problem.second_pass
-        assert asked is not None
-        self._projection = torch.from_numpy(sign_vectors(asked.seed, problem.value_dim))
+        if asked is not None and asked.seed is not None:
+            self._projection = torch.from_numpy(sign_vectors(asked.seed, problem.value_dim))
         self.query_inputs = (*self.query_inputs, Input(LSE, 0, torch.float32, problem.rows_asked[0]))
 
     def heads(self, name: str, group: HeadGroup) -> tuple[int, ...]:
@@ -30,6 +30,6 @@ class SecondPass(Forward):
         return name != LSE and super().owns(name, head_group)
 
     def finalise(self, head_group: int, head: int, state: AttentionState, out: Tensor, lse: Tensor) -> None:
-        """Write the sums of weighted values to `out`, and the logarithm of the sum of the weights to `lse`."""
+        """Write the numerators to `out`, and the logarithm of the sum of the weights to `lse`."""
         out.copy_(state.num)
         torch.log(state.den, out=lse)

@@ -10,20 +10,22 @@ from typing import Any
 from oocattn.naming import is_command
 from oocattn.pipelines.run import Run
 from oocattn.storage.inputs.origin import is_place, recorded_inputs
-from oocattn.storage.paths import STORE, ResultPaths
+from oocattn.storage.paths import STORE, SURVEY, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, shown_options
 from oocattn.text import printable, shell_command
 
+_SAME_OPTIONS = "  # with the same options"
+
 
 def how_to_resume(paths: ResultPaths, run: Run | None, given: StorageOptions | None) -> str:
-    """The command that resumes a run to `paths`; to a caller of Python, the call. A second pass has `how_to_verify`.
+    """The command that resumes a run to `paths`; to a caller of Python, the call. A second pass has `how_to_pass`.
 
     It names the inputs where they are not found again without it, and the job state of a result in a store. Of storage
     options, whose names are those of `given`, it shows no value that may be a secret. Where something is not known, a
     remark says so.
     """
     if run is not None and run.plan.problem.second_pass is not None:
-        return how_to_verify(paths)
+        return how_to_pass(paths)
     dataset = None if run is None else run.header.dataset
     place, remarks = _place(paths)
     options, inputs = shown_options(given), [] if dataset is None else recorded_inputs(dataset.location, dataset.tensors)
@@ -42,13 +44,17 @@ def how_to_resume(paths: ResultPaths, run: Run | None, given: StorageOptions | N
     return printable(words + (f" ({', and '.join(remarks)})" if remarks else ""))
 
 
-def how_to_verify(paths: ResultPaths) -> str:
+def how_to_pass(paths: ResultPaths) -> str:
     """The command, or the call, that goes on with the second pass at `paths`, in the folder of job state of its result."""
     folder = paths.folder.parent
     beside = folder.name.endswith(".oocattn")
     result = str(folder.with_name(folder.name.removesuffix(".oocattn"))) if beside else ...
+    surveys = paths.folder.name == SURVEY
     if is_command() and result is not ...:
-        return printable(shell_command(["oocattn", "verify", str(result), "--all-rows"]))
+        words = ["survey", result] if surveys else ["verify", result, "--all-rows"]
+        return printable(shell_command(["oocattn", *words]) + _SAME_OPTIONS * surveys)
+    if surveys:
+        return printable(f"oocattn.survey({_python(result)}){_SAME_OPTIONS}")
     return printable(f"oocattn.verify({_python(result)}, all_rows=True)")
 
 

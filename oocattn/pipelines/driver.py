@@ -37,6 +37,7 @@ from oocattn.pipelines.lane.partials.store import DamagedPartialError
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.schedule import NOTHING_COMPLETED, Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
+from oocattn.pipelines.summing import write_sums
 from oocattn.pipelines.watch.events import Callback, Committed, Ended, Event, Failed, Listeners, Recovered, Started
 from oocattn.pipelines.watch.report import RunReport, Tally
 from oocattn.planning.plan import Plan
@@ -81,6 +82,7 @@ def carry_out(
         _check_pairs(plan, finished)
         seconds, other_bits = clock.now() - start, run.journal.other_bits
         report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=run.compared, other_bits=other_bits)
+        insist(COMMIT, lambda: write_sums(run))
         insist(COMMIT, lambda: run.result.record(gather_checksums(plan, finished)))
         run.state.claim.check()
         insist(COMMIT, lambda: run.paths.save({REPORT: json.dumps(report.to_json(), indent=1)}))

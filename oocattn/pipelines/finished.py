@@ -181,14 +181,17 @@ def scan_completed(
 
     Whether partials are whole shows when they are read, or here if the search is `thorough`.
     """
-    chunks = set(finished_chunks(plan, journal))
+    files = PartialFiles(scratch, journal.run)
+    chunks = {place for place in finished_chunks(plan, journal) if _has_sums(plan, files, *place)}
     if result is not None and chunks:
         listed = result.listed()
         chunks = {place for place in chunks if is_written(plan, listed, *place)}
     partials: set[tuple[int, int, int]] = set()
     useless, damaged, torn = [], journal.records - len(chunks), 0
-    for path, partial in PartialFiles(scratch, journal.run).scan():
-        if partial is None or not _fits(plan, partial):
+    for path, partial in files.scan():
+        if partial is None or not (
+            _fits(plan, partial) and _has_sums(plan, files, partial.head_group, partial.chunk, partial)
+        ):
             damaged += 1
             useless.append(path)
         elif (partial.head_group, partial.chunk) in chunks:
@@ -199,6 +202,15 @@ def scan_completed(
         else:
             partials.update((partial.head_group, partial.chunk, index) for index in partial.subproblems)
     return ScanResult(CompletedWork(chunks, partials), tuple(useless), damaged, torn)
+
+
+def _has_sums(plan: Plan, files: PartialFiles, head_group: int, chunk: int, partial: PartialId | None = None) -> bool:
+    """Whether what was summed over the rows of a chunk is there, of all its contributors or of those in a partial."""
+    asked = plan.problem.second_pass
+    if asked is None or asked.reduced is None:
+        return True
+    of = plan.division_of(head_group).contributors(chunk) if partial is None else partial.subproblems
+    return all(files.has_sums(PartialId(head_group, chunk, (index,))) for index in of)
 
 
 def _fits(plan: Plan, partial: PartialId) -> bool:

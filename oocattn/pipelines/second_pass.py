@@ -15,6 +15,7 @@ from oocattn.naming import as_given, named
 from oocattn.pipelines import session
 from oocattn.pipelines.engines.base import warn_of_failure
 from oocattn.pipelines.existing import Found, Request, find
+from oocattn.pipelines.passes import judging, remove_pass
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Callback
@@ -25,20 +26,11 @@ from oocattn.problem.second_pass import SecondPass
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.opening import InputsLike, open_again
-from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.growing import RunState
-from oocattn.storage.results.locking import hold_lock
 from oocattn.storage.results.summary import PlanRecord, ResultAttributes
 from oocattn.units import format_bytes
-
-NAME = "all-rows.zarr"
-"""Of its result, in the folder of job state of the result that it is of."""
-
-JUDGING = "judging"
-"""The lock, in its folder of job state, of the process that has it computed and compares."""
 
 KERNEL = "weights"
 
@@ -67,6 +59,11 @@ class FirstPass:
         dataset = open_again(recorded.dataset, recorded.problem, "result", inputs, storage_options)
         return cls(paths, arrays, recorded.problem, dataset, recorded.plan, identity)
 
+    def require_same(self) -> None:
+        """Raise IntegrityError where another result is there now."""
+        if self.paths.identity() != self.identity:
+            raise IntegrityError(f"{self.paths.result} was replaced during a second pass over it: ask for that again")
+
 
 @dataclass(frozen=True)
 class PassResult:
@@ -86,62 +83,80 @@ class PassResult:
         return first.plan.kernel != KERNEL and self.decomposition != first.plan.decomposition
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a second pass computes, and the name of its result in the folder of job state of the result that it is of.
+
+    With `other` it is by another division than the first pass's, if the budget allows.
+    """
+
+    second_pass: SecondPass
+    name: str
+    other: bool = False
+
+
 @contextmanager
 def second_pass(
     first: FirstPass,
-    seed: int,
+    what: Asked,
     host_memory: int | None,
     workplace: Workplace,
     callbacks: Sequence[Callback],
     until: float,
 ) -> Iterator[PassResult]:
-    """Compute a second pass, with sign vectors of a seed, or find it; it is removed where what is inside has ended well.
+    """Compute a second pass, or find it; it is removed where what is inside has ended well.
 
-    `host_memory` is its budget in bytes. Raises what `attention` raises, LockedError where another process verifies every
-    row of the result, and IntegrityError where the result was replaced meanwhile.
+    `host_memory` is its budget in bytes. Raises what `attention` raises, LockedError where another process has the same pass
+    over the result, and IntegrityError where the result was replaced meanwhile.
     """
-    paths = ResultPaths.at(first.paths.state / NAME)
+    paths = ResultPaths.at(first.paths.state / what.name)
     first.paths.make_state()
     paths.make_state()
-    with FileLock(paths.state / JUDGING, until):
-        asked = replace(first.problem, out_dtype="float32", second_pass=SecondPass(seed))
+    with judging(paths, until):
+        asked = replace(first.problem, out_dtype="float32", second_pass=what.second_pass)
         request = Request(asked, first.dataset.with_lse(first.arrays.lse), paths)
-        result = _compute(request, first, Choices(host_memory=host_memory, kernel=KERNEL), workplace, callbacks, until)
-        if first.paths.identity() != first.identity:
-            raise IntegrityError(f"{first.paths.result} was replaced while it was verified: verify it again")
+        choices = Choices(host_memory=host_memory, kernel=KERNEL)
+        preferred = _OTHER_DIVISION[first.plan.decomposition] if what.other else None
+        result = _compute(request, choices, preferred, workplace, callbacks, until)
+        first.require_same()
         decomposition = ResultAttributes.read(paths).plan.decomposition
         yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), decomposition)
-        with warn_of_failure(f"{paths.result} was not removed"), hold_lock(paths, until) as claim:
-            RunState(paths, claim).remove()
-    with suppress(OSError):  # there is something of others in it
-        paths.state.rmdir()
+        with warn_of_failure(f"{paths.result} was not removed"):
+            remove_pass(paths, until)
+
+
+def _why(error: IntegrityError | ResultExistsError) -> str:
+    """Why a pass cannot go on. Advice for runs, to resume or to overwrite, is not for a pass."""
+    other = "it was asked for with other options or inputs, or began in another version of oocattn"
+    return other if isinstance(error, ResultExistsError) else words_of(error)
 
 
 def _compute(
     request: Request,
-    first: FirstPass,
     choices: Choices,
+    preferred: str | None,
     workplace: Workplace,
     callbacks: Sequence[Callback],
     until: float,
 ) -> Result:
-    """Go on with a pass that is there, or begin one, by the other division than the first pass's if the budget allows."""
+    """Go on with a pass that is there, or begin one, by the preferred division if the budget allows."""
     try:
         found = find(request)
     except (IntegrityError, ResultExistsError) as error:
-        logger.warning("a second pass that was begun cannot go on, and begins again (%s)", words_of(error))
+        logger.warning("a second pass that was begun cannot go on, and begins again (%s)", _why(error))
         request = replace(request, overwrite=True)
         found = Found.NOTHING
     if isinstance(found, Run):
         needed, budget = found.plan.peak_host, choices.host_memory
         if budget is not None and budget < needed:
+            asked = found.plan.problem.second_pass
+            instead = f", or begin again with another {named('seed')}" if asked and asked.seed is not None else ""
             raise BudgetError(
                 f"{as_given('host_memory', format_bytes(budget))}: the second pass that was begun takes "
-                f"{format_bytes(needed)}; give that, or begin again with another {named('seed')}"
+                f"{format_bytes(needed)}; give that{instead}"
             )
         return session.attend(request, Choices(kernel=KERNEL), workplace, callbacks, until)
-    try:
-        other = replace(choices, decomposition=_OTHER_DIVISION[first.plan.decomposition])
-        return session.attend(request, other, workplace, callbacks, until)
-    except BudgetError:
-        return session.attend(request, choices, workplace, callbacks, until)
+    if preferred is not None:
+        with suppress(BudgetError):
+            return session.attend(request, replace(choices, decomposition=preferred), workplace, callbacks, until)
+    return session.attend(request, choices, workplace, callbacks, until)

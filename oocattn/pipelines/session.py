@@ -17,7 +17,8 @@ from typing import Any
 from oocattn import clock
 from oocattn.errors import ProblemError
 from oocattn.naming import by_face
-from oocattn.pipelines.engines.base import Engine
+from oocattn.pipelines.again import how_to_pass
+from oocattn.pipelines.engines.base import Engine, warn_of_failure
 from oocattn.pipelines.existing import (
     Found,
     Request,
@@ -33,6 +34,7 @@ from oocattn.pipelines.existing import (
     result_at,
 )
 from oocattn.pipelines.finished import COMPARE_SECONDS, compare_finished
+from oocattn.pipelines.passes import judging, passes_over, remove_pass
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.run import Run, begin_run, find_unfinished
 from oocattn.pipelines.signals import Interrupts
@@ -92,6 +94,9 @@ class _Session:
         described["dataset"]["samples"] = request.dataset.samples
         attributes = {**described, "plan": _decided(plan), "versions": made_with}
         growing = self.state.begin(_layout(plan, attributes), overwrite=request.overwrite)
+        for found in passes_over(self.state.paths):  # over a result that is replaced, or was removed
+            with warn_of_failure(f"{found.result} was not removed"), judging(found, 0.0):
+                remove_pass(found, self.until)
         return begin_run(self.state, plan, request.dataset, growing, computing)
 
     def resume(self, found: Run, dataset: Dataset, resuming: Resuming) -> Run:
@@ -199,10 +204,7 @@ def resume(
             f"{paths.result}: no run to resume{elsewhere}; begin one with {by_face('oocattn.attention', '`oocattn run`')}"
         )
     if found.plan.problem.second_pass is not None:
-        again = by_face("oocattn.verify with all_rows=True", "`oocattn verify --all-rows`")
-        raise ProblemError(
-            f"{paths.result} is the pass of a verification: {again} goes on with it; verify that result again"
-        )
+        raise ProblemError(f"{paths.result} is a second pass over another result: go on with {how_to_pass(paths)}")
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
     with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)

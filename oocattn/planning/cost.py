@@ -43,7 +43,7 @@ from oocattn.planning.measured import (
     TASK_SHARE,
     TRIANGLE_ROWS,
 )
-from oocattn.planning.memory import Tiles, partial_file_bytes, sending_bytes
+from oocattn.planning.memory import Tiles, partial_file_bytes, sending_bytes, sums_bytes
 from oocattn.planning.plan import Link, Plan
 from oocattn.planning.work import Work, work_of
 from oocattn.problem.arrays import DTYPES
@@ -143,14 +143,15 @@ class _Run:
 
     @property
     def scratch_disk(self) -> float:
-        """The bytes that partials take on disk at most at a time."""
-        lanes = self.hardware.lanes
+        """The bytes that partials take on disk at most at a time, and sums over their rows."""
+        lanes, chunk_rows = self.hardware.lanes, ceil_div(self.problem.out_rows, self.candidate.query_chunks)
+        sums = sums_bytes(self.problem, self._handed_back, self._total(lambda work: work.keys_of_blocks), chunk_rows)
         if self.candidate.partials == "disk":
             # Head groups whose chunks are not written yet.
             waiting = (MOST_UNFINISHED + 4 * PIECE) * lanes / self.candidate.query_chunks
             of_group = max(work.query_chunks for work in self._work)
-            return min(self.problem.head_groups, 2 + waiting) * of_group * self._partial_file
-        return (self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0  # one of a lane is replaced
+            return sums + min(self.problem.head_groups, 2 + waiting) * of_group * self._partial_file
+        return sums + ((self._held + lanes) * self._partial_file if self.checkpoint_seconds else 0)  # a lane replaces one
 
     @cached_property
     def _work(self) -> list[Work]:

@@ -81,7 +81,8 @@ def call_size(problem: Problem, rows: int, keys: int, threads: int) -> CallSize:
     """The size of a kernel's call on so many rows and keys, at most."""
     dims = (problem.head_dim, problem.value_dim, problem.dtype, threads)
     masked = any(not mask.is_simple for mask in problem.sampled_masks)
-    return CallSize(problem.group_size, rows, keys, *dims, plain=problem.is_plain, masked=masked)
+    reduced = () if problem.second_pass is None else problem.second_pass.reduced or ()
+    return CallSize(problem.group_size, rows, keys, *dims, plain=problem.is_plain, masked=masked, reduced=reduced)
 
 
 def _chunk_rows(problem: Problem, rows: int, chunks: int, hardware: Hardware, inputs: InputCost) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel
+from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
@@ -40,6 +41,7 @@ from oocattn.problem.calls import CallSize
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores
+from oocattn.problem.second_pass import SecondPass
 from oocattn.storage.inputs.dataset import Dataset
 
 logger = logging.getLogger("oocattn")
@@ -209,19 +211,19 @@ class Sample(NamedTuple):
     softcap: float | None = None
     alibi: bool = False
     biased: bool = False
-    projected: int = 0  # columns of a second pass
+    second_pass: SecondPass | None = None
 
     @classmethod
     def of(cls, problem: Problem) -> Sample:
         """That of a problem's tiles."""
         alibi, biased = problem.given.alibi_slopes is not None, bool(problem.bias_heads)
-        projected = 0 if problem.second_pass is None else problem.columns
-        return cls(problem.head_dim, problem.value_dim, problem.dtype, problem.softcap, alibi, biased, projected)
+        terms = problem.softcap, alibi, biased
+        return cls(problem.head_dim, problem.value_dim, problem.dtype, *terms, problem.second_pass)
 
     @property
     def columns(self) -> int:
         """Columns of a state."""
-        return self.projected or self.value_dim
+        return self.value_dim if self.second_pass is None else self.second_pass.columns
 
     def operands(self, rows: int, keys: int, where: torch.device) -> Operands:
         """Random operands of one head."""
@@ -233,11 +235,10 @@ class Sample(NamedTuple):
         bias = torch.zeros(1, keys, device=where, dtype=torch.float32) if self.biased else None
         scores = Scores(self.head_dim**-0.5, self.softcap)
         found = Operands(query, key, value, scores, intervals, (0.01,) if self.alibi else None, bias)
-        if not self.projected:
+        if self.second_pass is None:
             return found
         shift = torch.full((1, rows), math.log(keys), device=where, dtype=torch.float32)
-        projection = torch.ones(self.value_dim, self.projected, device=where, dtype=torch.float32)
-        return replace(found, shift=shift, projection=projection)
+        return of_second_pass(found, self.second_pass, shift)
 
 
 @lru_cache

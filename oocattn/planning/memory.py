@@ -77,6 +77,18 @@ def partial_file_bytes(problem: Problem, rows: int) -> int:
     return problem.state_bytes(rows) + round_up(header, PAGE)
 
 
+def sums_bytes(problem: Problem, blocks: int, keys: int, rows: int) -> int:
+    """Bytes of the files of sums over rows, of so many blocks of at most so many rows, and so many keys of all blocks."""
+    numbers = 0  # of all blocks, for one head
+    for each in (problem.second_pass and problem.second_pass.reduced) or ():
+        if each.name == "pooled":
+            row_block, key_block, *_ = each.numbers
+            numbers += (rows // row_block + 2) * (keys // key_block + 2 * blocks)
+        elif not each.columns:
+            numbers += keys
+    return 8 * problem.group_size * numbers + (blocks * PAGE if numbers else 0)
+
+
 def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
     """Bytes of a staging slot for rows of so many queries and keys."""
     of_query = problem.query_row_bytes * problem.group_size

@@ -29,6 +29,11 @@ class Work:
     def subproblems(self) -> int:
         return len(self.division.indices)
 
+    @property
+    def keys_of_blocks(self) -> int:
+        """Keys staged, once for each query chunk that meets them: about as many."""
+        return self.keys * self.query_chunks // max(1, self.subproblems)
+
 
 @kept_with_mask
 def _numbers_of(mask: Mask, grid: ChunkGrid, decomposition: str, span: int) -> tuple[Division, int, int, int, int, int, int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from oocattn.problem.second_pass import Reduced
+
 
 @dataclass(frozen=True)
 class CallSize:
     """Rows of g heads against keys, at most: q [g, rows, head_dim], k [keys, head_dim], v [keys, value_dim].
 
     `plain` says that scores have no term but the scale, `masked` that rows may attend different keys other than up to a
-    diagonal, and `threads` is the number that compute on a CPU.
+    diagonal, `threads` is the number that compute on a CPU, and `reduced` is what a second pass makes of the weights.
     """
 
     group_size: int
@@ -23,6 +25,7 @@ class CallSize:
     threads: int = 1
     plain: bool = True
     masked: bool = False
+    reduced: tuple[Reduced, ...] = ()
 
 
 ScratchBytes = Callable[[CallSize], int]

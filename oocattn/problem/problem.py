@@ -130,9 +130,10 @@ class Problem:
 
     @property
     def kv_row_bytes(self) -> int:
-        """Bytes of a key, its value and its bias, of one KV head."""
+        """Bytes of a key, its value where that is read, and its bias, of one KV head."""
         of_bias = 4 * min(self.bias_heads, self.group_size)
-        return (self.head_dim + self.value_dim) * self.itemsize + of_bias
+        of_value = self.value_dim if self.second_pass is None or self.second_pass.has_values else 0
+        return (self.head_dim + of_value) * self.itemsize + of_bias
 
     @property
     def query_row_bytes(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
 
-from oocattn.records import Count
+from oocattn.records import OMITTED, Count
 
 LSE = "lse"
 """The name of the input that has the log-sum-exp of each row that is asked for."""
@@ -16,21 +17,44 @@ VECTORS = 8
 """Sign vectors of a proof. A difference of `out` that is as large as the noise escapes one with a probability of 68%."""
 
 
+ARRAYS = ("received", "entropy", "top_keys", "pooled")
+"""What a survey may be asked for; the weights of the top keys come with these."""
+
+MOST_TOP, MOST_POOLS = 128, 4096
+"""Keys of each row that it keeps, and blocks along a side of its map, at most."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A reduction of the weights that is asked for: its name, its numbers, and how many it has of each row in the state."""
+
+    name: str
+    numbers: tuple[Count, ...] = ()
+    columns: Count = 0
+
+
 @dataclass(frozen=True)
 class SecondPass:
     """The weights of a result, P_ij = exp(s_ij - lse_i), once more, where the log-sum-exp of each row is known.
 
-    Its `out` is P (V R), which the first result's `out` times R must be, with a random sign vector in each column of R
-    [value_dim, VECTORS] (`sign_vectors` of `seed`). Its `lse` is log(sum_j P_ij), which must be 0, or with a learnable sink
-    log(1 - exp(sink - lse_i)). Source: Freivalds, "Fast probabilistic algorithms", MFCS 1979.
+    With a `seed` it proves the result: its `out` is P (V R), which the first result's `out` times R must be, with a random
+    sign vector in each column of R [value_dim, VECTORS] (`sign_vectors` of `seed`). Source: Freivalds, "Fast probabilistic
+    algorithms", MFCS 1979. Or the weights are `reduced`, without values, and `out` has the columns of all reductions.
+    `lse` is log(sum_j P_ij), which must be 0, or with a learnable sink log(1 - exp(sink - lse_i)).
     """
 
-    seed: Count
+    seed: Annotated[Count | None, OMITTED] = None
+    reduced: Annotated[tuple[Reduced, ...] | None, OMITTED] = None
 
     @property
     def columns(self) -> int:
-        """Columns of its `out`."""
-        return VECTORS
+        """Columns of its `out`: at least one."""
+        return VECTORS if self.reduced is None else max(1, sum(each.columns for each in self.reduced))
+
+    @property
+    def has_values(self) -> bool:
+        """Whether it reads v."""
+        return self.reduced is None
 
 
 def sign_vectors(seed: int, value_dim: int) -> npt.NDArray[np.float32]:

@@ -52,6 +52,9 @@ MARKS = {REPORT_PAGE: HTML_MARK, FULL_REPORT: '{\n "format": 1,\n "producer": "o
 LOCK, STATUS = "lock", "status.json"
 """In the folder of job state: who works on the result, and how far the run is."""
 
+ALL_ROWS, SURVEY = "all-rows.zarr", "survey.zarr"
+"""In it, the results of second passes: of one that proves every row, and of one that is surveyed."""
+
 GROWING_NAME = re.compile(r"result-[0-9a-f]{8}\.zarr")
 TRASH_NAME = re.compile(r"trash-[0-9a-f]{8}")
 

@@ -55,7 +55,7 @@ def test_from_synth_to_status(tmp_path, monkeypatch, run_json) -> None:
         kept[name] = function(*given, **options)
         return kept[name]
 
-    for name in ("plan", "attention", "verify"):
+    for name in ("plan", "attention", "verify", "survey"):
         monkeypatch.setattr(oocattn, name, partial(keep, name, getattr(oocattn, name)))
     shape = ["--tokens", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--dtype", "bfloat16"]
     code, made, _ = run_json("synth", "qkv.zarr", *shape)
@@ -73,6 +73,7 @@ def test_from_synth_to_status(tmp_path, monkeypatch, run_json) -> None:
     assert result["plan"]["seconds"] == result["report"]["predicted_seconds"]
     assert json.loads((tmp_path / "out.zarr.oocattn" / "report.json").read_text()) == result["report"]
     assert run_json("verify", "out.zarr", "--rows", "4") == (0, kept["verify"].to_json(), "")
+    assert run_json("survey", "out.zarr", "--pool", "8") == (0, kept["survey"].to_json(), "")
     code, status, _ = run_json("status", "out.zarr")
     assert (code, status) == (0, oocattn.status("out.zarr").to_json())
     assert (status["state"], status["share"], status["certificate"]) == ("finished", 1.0, "passed")
@@ -88,6 +89,7 @@ def test_from_synth_to_status(tmp_path, monkeypatch, run_json) -> None:
     assert result["report"].keys() == documented("RunReport")
     assert status.keys() == documented("status")
     assert kept["verify"].to_json().keys() == documented("verify")
+    assert kept["survey"].to_json().keys() == documented("survey")
 
 
 def test_import_describes_the_dataset(tmp_path, run_json) -> None:
@@ -133,6 +135,7 @@ FAILING = {
     "report": "none.zarr",
     "status": "none.zarr",
     "verify": "none.zarr",
+    "survey": "none.zarr",
     "doctor": "",
     "bench": "--heads 3 --kv-heads 2",
 }

@@ -14,32 +14,36 @@ import json, sys, numpy, torch
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.second_pass import of_second_pass
 from oocattn.problem.calls import CallSize
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
-from oocattn.problem.second_pass import VECTORS, sign_vectors
+from oocattn.problem.second_pass import Reduced, SecondPass
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
 name, dtype = sys.argv[1], sys.argv[2]
 options, terms = json.loads(sys.argv[3]), json.loads(sys.argv[4])
-group_size, rows, keys, head_dim, value_dim = map(int, sys.argv[5:])
+group_size, rows, keys, head_dim, value_dim = map(int, sys.argv[5:10])
+reduced = tuple(Reduced(*each) for each in json.loads("".join(sys.argv[10:]) or "[]"))
 kernel, documents = get_kernel(name), options.pop("documents", 1)
 
 def call(rows, keys):
     shapes = (group_size, rows, head_dim), (keys, head_dim), (keys, value_dim)
     tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for shape in shapes]
-    given, columns = {}, value_dim
-    if kernel.shifted:
-        given = {"shift": torch.zeros(group_size, rows), "projection": torch.from_numpy(sign_vectors(0, value_dim))}
-        columns = VECTORS
-    state = AttentionState.empty(group_size, rows, columns)
+    asked = SecondPass(reduced=reduced) if reduced else SecondPass(0)
+    if reduced:  # every weight is the largest so far
+        tensors[0].fill_(1.0)
+        tensors[1].copy_(torch.linspace(0, 1, keys)[:, None])
+    state = AttentionState.empty(group_size, rows, asked.columns if kernel.shifted else value_dim)
     mask = Mask(*(numpy.linspace(0, size, documents + 1, dtype=int) for size in (rows, keys)), **options)
     intervals = make_intervals(mask, range(rows), range(keys)) if options else None
     slopes, bias = (0.1,) * group_size if terms else None, torch.zeros(group_size, keys) if terms else None
-    return Operands(*tensors, Scores(0.1, 2.0 if terms else None), intervals, slopes, bias, **given), state
+    operands = Operands(*tensors, Scores(0.1, 2.0 if terms else None), intervals, slopes, bias)
+    shift = torch.zeros(group_size, rows)
+    return of_second_pass(operands, asked, shift) if kernel.shifted else operands, state
 
 kernel.attend(*call(64, 64))  # loads the code
 operands, state = call(rows, keys)
@@ -47,7 +51,7 @@ open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts agai
 before = status("VmRSS")
 kernel.attend(operands, state)
 masked = bool(options) and (operands.band is None or not operands.band.is_open_below(rows))
-size = CallSize(group_size, rows, keys, head_dim, value_dim, dtype, torch.get_num_threads(), not terms, masked)
+size = CallSize(group_size, rows, keys, head_dim, value_dim, dtype, torch.get_num_threads(), not terms, masked, reduced)
 print(status("VmHWM") - before, kernel.scratch_bytes(size))
 """
 
@@ -81,6 +85,32 @@ def test_scratch_is_within_its_bound_and_the_bound_is_not_idle(name, dtype, mask
     grown, bound = map(int, printed.split())
     assert grown <= bound
     assert bound <= (6 if not mask or (mask == CAUSAL and not terms) else 16) * grown
+
+
+RECEIVED, ENTROPY, TOP, MOST = ["received"], ["entropy", [], 1], ["top_keys", [8], 16], ["top_keys", [128], 256]
+MAP, FINE = ["pooled", [16, 16, 0, 625]], ["pooled", [1, 1, 0, 4000]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("reduced", "mask", "terms", "shape"),
+    [
+        ([RECEIVED], {}, False, (1, 9000, 9000, 64, 64)),
+        ([ENTROPY], {}, False, (1, 9000, 9000, 64, 64)),
+        ([TOP], {}, False, (2, 2000, 9000, 64, 64)),
+        ([MOST], {}, False, (1, 2000, 9000, 64, 64)),
+        ([TOP], {}, False, (1, 2048, 1000000, 16, 16)),
+        ([MAP], {}, False, (1, 9000, 9000, 64, 64)),
+        ([FINE], {}, False, (1, 2000, 4000, 64, 64)),
+        ([RECEIVED, ENTROPY, TOP, MAP], CAUSAL, False, (4, 4000, 4000, 128, 128)),
+        ([RECEIVED, ENTROPY, TOP, MAP], WINDOW, True, (2, 4000, 4000, 64, 200)),
+    ],
+)
+def test_scratch_of_reductions_is_within_its_bound_and_the_bound_is_not_idle(reduced, mask, terms, shape):
+    words = "float16", json.dumps(mask), json.dumps(terms), *map(str, shape), json.dumps(reduced)
+    grown, bound = map(int, warm.printed(MEASURE, "weights", *words).split())
+    assert grown <= bound
+    assert bound <= 8 * grown
 
 
 @pytest.mark.parametrize("terms", [{}, {"plain": False}, {"masked": True}, {"plain": False, "masked": True}], ids=str)

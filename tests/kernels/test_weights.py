@@ -245,7 +245,7 @@ def test_misfits_are_refused(name: str) -> None:
         with pytest.raises(ValueError, match="expected"):
             replace(call, **misfit)
     for missing in ({"shift": None}, {"projection": None}):
-        with pytest.raises(ValueError, match="expected both"):
+        with pytest.raises(ValueError, match="expected operands of a second pass"):
             get_kernel(name).attend(replace(call, **missing), AttentionState.empty(2, 6, 8))
     with pytest.raises(ValueError, match="expected"):
         get_kernel(name).attend(call, AttentionState.empty(2, 6, 9))

@@ -17,7 +17,7 @@ from zarr.storage import MemoryStore
 
 import oocattn
 from oocattn import BudgetError, Certificate, IntegrityError, LockedError, ProblemError
-from oocattn.pipelines.second_pass import NAME
+from oocattn.storage.paths import ALL_ROWS as NAME
 from oocattn.verification.findings import AllRows
 
 TOKENS = 260
@@ -69,7 +69,7 @@ def test_a_pass_that_was_cut_off_is_continued(result: Path) -> None:
     status = oocattn.status(place)
     assert (status.state, status.resume) == ("interrupted", f"oocattn.verify({str(result)!r}, all_rows=True)")
     assert oocattn.report(place).command == status.resume
-    with pytest.raises(ProblemError, match="is the pass of a verification"):
+    with pytest.raises(ProblemError, match="is a second pass over another result: go on with"):
         oocattn.resume(place)
     begun: list[bool] = []
     certificate, _ = verify(
@@ -84,12 +84,13 @@ def test_a_pass_with_another_seed_begins_again(result: Path, caplog: pytest.LogC
     cut_off(result, seed=1)
     certificate, found = verify(result, seed=2)
     assert (certificate.passed, found.seed) == (True, 2)
-    assert "cannot go on, and begins again" in caplog.text
+    assert "cannot go on, and begins again (it was asked for with other options" in caplog.text
 
 
 def test_a_pass_over_a_result_that_was_computed_again_begins_again(result: Path, dataset: Path) -> None:
-    cut_off(result)
+    place = cut_off(result)
     oocattn.attention(dataset, result, chunks=7, engine="inline", overwrite=True)
+    assert not list(place.parent.glob(f"{NAME}*"))
     certificate, _ = verify(result)
     assert certificate.passed
     assert not certificate.problem.causal
@@ -123,7 +124,7 @@ def test_a_result_that_is_replaced_meanwhile_is_not_judged(result: Path, dataset
         if event.kind == "ended":
             oocattn.attention(dataset, result, chunks=7, engine="inline", overwrite=True)
 
-    with pytest.raises(IntegrityError, match="was replaced while it was verified"):
+    with pytest.raises(IntegrityError, match="was replaced during a second pass over it"):
         verify(result, callbacks=[replace])
 
 

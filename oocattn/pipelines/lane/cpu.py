@@ -13,7 +13,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
 from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.finisher import Finisher
-from oocattn.pipelines.lane.partials.store import PartialStore
+from oocattn.pipelines.lane.partials.store import PartialStore, Sums
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended, Span
 from oocattn.planning.plan import Plan
@@ -55,8 +55,9 @@ class CpuDevice:
         start = clock.now()
         pairs = partial_bytes = 0
         for block in staged.blocks:
-            pairs += self._attend_chunk(staged, block, partials)
-            partial_bytes += partials.end(staged.head_group, block.query_chunk, staged.index)
+            attended, sums = self._attend_chunk(staged, block, partials)
+            pairs += attended
+            partial_bytes += partials.end(staged.head_group, block.query_chunk, staged.index, sums)
         stop = clock.now()
         event = Attended(
             start=start,
@@ -69,20 +70,25 @@ class CpuDevice:
         )
         return lambda: event
 
-    def _attend_chunk(self, staged: StagedChunks, block: Block, partials: PartialStore) -> int:
-        """Compute one query chunk's partial, and count its pairs."""
+    def _attend_chunk(self, staged: StagedChunks, block: Block, partials: PartialStore) -> tuple[int, Sums]:
+        """Compute one query chunk's partial; return its pairs, and what is summed over its rows."""
         chunk, operation = block.query_chunk, self._operation
         query, rows = staged.queries[chunk], self._plan.query_rows(chunk)
         heads, pairs = len(query[0]), 0
         destination = partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
         state = self._state.heads(0, heads).rows(0, len(rows)) if destination.merged else destination.state
         state.reset()
+
+        def tell(more: int) -> None:
+            self._health.attended(more * heads)
+
+        sums = operation.begin_sums(staged.head_group, block, staged.rows)
         for tile in operation.tiles(staged.head_group, block, staged.rows, rows, max(1, staged.rows.key_total)):
             keys = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in staged.keys]
             before, of_tile = self._health.pairs, tile.pairs * heads
-            operation.compute(staged.head_group, tile, query, keys, state, lambda more: self._health.attended(more * heads))
+            operation.compute(staged.head_group, tile, query, keys, state, tell, sums)
             self._health.attended(before + of_tile - self._health.pairs)
             pairs += of_tile
         if destination.merged:
             self._operation.merge(destination.state, state)
-        return pairs
+        return pairs, [] if sums is None else sums.arrays

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from oocattn.errors import OocattnError
 from oocattn.pins import Pins
-from oocattn.pipelines.again import how_to_verify
+from oocattn.pipelines.again import how_to_pass
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.attempts import Planned
 from oocattn.problem.arrays import KEY_BIAS
@@ -53,7 +53,7 @@ def planned_of(run: Run) -> Planned:
     plan, source = run.plan, run.header.dataset
     inputs = source.location, source.tensors
     if plan.problem.second_pass is not None:
-        command = how_to_verify(run.paths)
+        command = how_to_pass(run.paths)
     else:
         command = command_again(plan.problem, *inputs, str(run.paths.result), plan.pins, plan.host_memory)
     return Planned.of(plan, printable(source.location), command)

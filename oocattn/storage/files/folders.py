@@ -19,7 +19,7 @@ from oocattn.errors import IntegrityError, ResultExistsError
 from oocattn.storage.files.operations import name_failure
 
 _TEMPORARY = r"(\.[0-9a-f]{32})?(\.partial)?"  # what the name of a file ends with while it is written
-CHECKPOINTS = (r"partial-\d+-\d+-\d+" + _TEMPORARY,)
+CHECKPOINTS = (r"(partial|sums)-\d+-\d+-\d+" + _TEMPORARY,)
 JOURNAL = (r"\d+-\d+\.json" + _TEMPORARY,)
 
 LEFTOVERS = (r"([^/]+/)*[^/]+\.[0-9a-f]{32}\.partial",)

@@ -34,6 +34,15 @@ def hold_lock(paths: ResultPaths, until: float = math.inf) -> Iterator[Claim]:
             _leave(paths)
 
 
+def require_lock(paths: ResultPaths) -> None:
+    """Raise ProblemError where the store of a result has no lock and the caller did not say "none"."""
+    if paths.stored is not None and paths.beside is None and paths.lock_kind != "none":
+        raise ProblemError(
+            f"result: {paths.result} has no conditional put, so nothing keeps two runs to it apart: see to that yourself, "
+            f"and say so with {setting('lock', 'none')}"
+        )
+
+
 @contextmanager
 def _store_lock(paths: ResultPaths, folder: Claim, until: float) -> Iterator[Claim]:
     """Hold the lock in the store too, unless the caller says that there is none."""
@@ -42,11 +51,8 @@ def _store_lock(paths: ResultPaths, folder: Claim, until: float) -> Iterator[Cla
         return
     from oocattn.storage.journal.store_lock import BothClaims, StoreLock
 
-    if paths.beside is None:
-        raise ProblemError(
-            f"result: {paths.result} has no conditional put, so nothing keeps two runs to it apart: see to that yourself, "
-            f"and say so with {setting('lock', 'none')}"
-        )
+    require_lock(paths)
+    assert paths.beside is not None
     with StoreLock(paths.beside, folder_id(paths.state), until) as beside:
         yield BothClaims(folder, beside.claim)
 

@@ -22,13 +22,15 @@ from oocattn.storage.journal.store_lock import LOCK_KEY
 from oocattn.storage.nodes import MOST_BYTES
 from oocattn.storage.paths import ATTEMPTS, ResultPaths
 from oocattn.storage.remote.mirror import MIRRORED
+from oocattn.storage.results.added import NAMES as ADDED
 from oocattn.storage.results.chunk_objects import ChunkObjects
 from oocattn.storage.results.marks import MARK, describe_mark, is_from_here, make_mark, read_mark
 from oocattn.storage.results.stored import StoredResult
 
 _METADATA = "zarr.json"
 
-_OURS = re.compile(rf"zarr\.json|(out|lse|{'|'.join(DTYPES)})/(zarr\.json|c(/\d+)*)")
+_ARRAYS = "|".join(("out", "lse", *DTYPES, *ADDED))
+_OURS = re.compile(rf"zarr\.json|({_ARRAYS})/(zarr\.json|c(/\d+)*)")
 """The keys of a result."""
 
 LEFT_BESIDE = re.compile(rf"{re.escape(MARK)}|{LOCK_KEY.pattern}|scratch/({MIRRORED.pattern})")

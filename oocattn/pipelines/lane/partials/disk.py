@@ -13,6 +13,7 @@ from oocattn.pipelines.lane.partials.store import (
     DamagedPartialError,
     Destination,
     MergedChunk,
+    Sums,
     of_chunk,
 )
 from oocattn.planning.plan import Plan
@@ -41,11 +42,12 @@ class DiskPartials:
     def save_pending(self, head_group: int, chunk: int) -> bool:
         return False
 
-    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
+    def end(self, head_group: int, chunk: int, subproblem: int, sums: Sums = ()) -> int:
         buffer, not_finite = self._in_flight.pop((head_group, chunk, subproblem))
         state = of_chunk(self._plan, buffer, head_group, chunk)
+        partial = PartialId(head_group, chunk, (subproblem,))
         try:
-            return self._files.write(PartialId(head_group, chunk, (subproblem,)), state, not_finite)
+            return self._files.write_sums(partial, sums) + self._files.write(partial, state, not_finite)
         finally:
             self._buffers.put(buffer)
 

@@ -55,6 +55,9 @@ class PartialFiles:
         """The file of a partial."""
         return self.folder / f"partial-{partial.head_group}-{partial.chunk}-{partial.subproblems[0]}"
 
+    def _sums_path(self, partial: PartialId) -> Path:
+        return self.folder / f"sums-{partial.head_group}-{partial.chunk}-{partial.subproblems[0]}"
+
     def write(self, partial: PartialId, state: AttentionState, not_finite: int) -> int:
         """Write a partial durably, in place of one with the same first subproblem; return its bytes.
 
@@ -67,6 +70,33 @@ class PartialFiles:
             self.mirror.push(self.path(partial))
         self.step()
         return written
+
+    def write_sums(self, partial: PartialId, sums: Sequence[npt.NDArray[np.float64]]) -> int:
+        """Write what a subproblem summed over the rows of a chunk durably, before its partial counts; return the bytes."""
+        if not sums:
+            return 0
+        self._check()
+        written = write_blocks(self._sums_path(partial), [[array] for array in sums], self._label(partial))
+        self.step()
+        return written
+
+    def has_sums(self, partial: PartialId) -> bool:
+        """Whether the sums of a partial are there, by what their file says of itself."""
+        try:
+            return read_label(self._sums_path(partial)) == self._label(partial)
+        except (IntegrityError, OSError):
+            return False
+
+    def read_sums(self, partial: PartialId, buffers: Sequence[npt.NDArray[np.float64]]) -> None:
+        """Read the sums of a partial. Raises IntegrityError, and removes them, where they are not whole."""
+        path = self._sums_path(partial)
+        try:
+            for _ in read_blocks(path, [[buffer] for buffer in buffers]):
+                pass
+        except IntegrityError as error:
+            self._check()
+            self.discard(path)
+            raise IntegrityError(f"{error}; it was removed: ask again, and what is in it is computed again") from None
 
     def not_finite(self, partial: PartialId) -> int:
         """Counts of NaN and Inf in a partial's file; IntegrityError if it is not there."""

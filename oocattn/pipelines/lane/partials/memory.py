@@ -9,7 +9,7 @@ from oocattn.errors import IntegrityError
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
-from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk
+from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk, Sums
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.operations import words_of
 
@@ -71,11 +71,12 @@ class MemoryPartials:
         fold = self._folds.get((head_group, chunk))
         return fold is not None and fold.save_pending and not fold.idle
 
-    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
+    def end(self, head_group: int, chunk: int, subproblem: int, sums: Sums = ()) -> int:
+        written = self._files.write_sums(PartialId(head_group, chunk, (subproblem,)), sums)
         with self._changed:
             self._folds[head_group, chunk].folded += 1
             self._changed.notify_all()
-        return 0
+        return written
 
     def collect(self, head_group: int, chunk: int) -> MergedChunk:
         contributors = self._contributors((head_group, chunk))

@@ -5,8 +5,12 @@ Partials are merged by quorum index, so a merged state is the same bit for bit, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
 from oocattn.kernels.state import AttentionState
@@ -43,6 +47,10 @@ class MergedChunk:
     not_finite: int
 
 
+Sums = Sequence[NDArray[np.float64]]
+"""Contiguous arrays."""
+
+
 class PartialStore(Protocol):
     """Takes partials as they come, and gives back merged states of query chunks, in an accumulator until their release."""
 
@@ -56,8 +64,8 @@ class PartialStore(Protocol):
     def save_pending(self, head_group: int, chunk: int) -> bool:
         """True if a `save` waits until this chunk's partials in flight have ended."""
 
-    def end(self, head_group: int, chunk: int, subproblem: int) -> int:
-        """The partial is there, whole; return the bytes written to disk."""
+    def end(self, head_group: int, chunk: int, subproblem: int, sums: Sums = ()) -> int:
+        """The partial is there, whole; return the bytes written to disk, where `sums` over its rows are now."""
 
     def collect(self, head_group: int, chunk: int) -> MergedChunk:
         """Merge every partial of the chunk; the state is valid until `release`.

@@ -1,0 +1,164 @@
+"""The public functions about a finished result: verify it, and survey what its rows attend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from oocattn import arguments
+from oocattn.api import RUN_OPTIONS, end_of, listeners_of
+from oocattn.arguments import MOST_SEED, Duration, Size, checked
+from oocattn.denormals import keep_denormals
+from oocattn.pipelines.engines import DASHBOARD, refuse_without_pass
+from oocattn.pipelines.existing import result_at
+from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
+from oocattn.pipelines.survey import Questions, Survey, survey_result
+from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.workplace import Workplace
+from oocattn.planning.host import default_host_memory
+from oocattn.planning.machine import Engine
+from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
+from oocattn.storage.inputs.opening import InputsLike, parse_inputs
+from oocattn.storage.paths import ALL_ROWS, LOCKS, ResultLike, ResultPaths
+from oocattn.storage.remote.limits import limited
+from oocattn.storage.remote.options import StorageOptions
+from oocattn.storage.results.arrays import ResultArrays
+
+if TYPE_CHECKING:  # importing distributed takes a second: only passes do
+    from distributed import Client
+
+    from oocattn.verification.all_rows import AllRowsArrays
+    from oocattn.verification.certificate import Certificate
+
+
+@checked(
+    rows=arguments.integer(1),
+    seed=arguments.integer(0, MOST_SEED),
+    host_memory=arguments.size,
+    checksums=arguments.boolean,
+    all_rows=arguments.boolean,
+    scratch=arguments.path,
+    **RUN_OPTIONS,
+)
+def verify(
+    result: ResultLike,
+    *,
+    rows: int = 64,
+    seed: int = 0,
+    inputs: InputsLike | None = None,
+    host_memory: Size | None = None,
+    checksums: bool = True,
+    all_rows: bool = False,
+    time_limit: Duration | None = None,
+    engine: Engine = "dask",
+    client: Client | None = None,
+    dashboard_address: str = DASHBOARD,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = False,
+    scratch: str | Path | None = None,
+    storage_options: StorageOptions | None = None,
+) -> Certificate:
+    """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
+
+    Of at most `rows` rows up to a quarter are chosen by their place, the others drawn uniformly, by `seed`. `host_memory`
+    bounds what is held, in bytes (default: half of the free memory); `checksums=False` reads the sampled rows alone.
+    `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, on the CPU, which
+    goes on where it was cut off; the options from `time_limit` to `progress` are its own, as of `attention`. The certificate
+    is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where it cannot be, a warning says so.
+
+    Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
+    and BudgetError, with the smallest budget that works.
+    """
+    from oocattn.pipelines.watch.full_report import renew_full_report
+    from oocattn.verification.certify import certify  # `plan` does not need it
+
+    if not all_rows:
+        how = {"time_limit": time_limit, "engine": engine, "client": client, "dashboard_address": dashboard_address}
+        refuse_without_pass({**how, "callbacks": [*callbacks], "progress": progress})
+    named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
+    carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until
+    chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options}
+    chosen["host_memory"] = default_host_memory() if host_memory is None else host_memory
+    with limited(until):
+        paths = ResultPaths.at(result, scratch, storage_options=storage_options)
+        found = result_at(paths)
+        arrays = ResultArrays(found.out, found.lse)
+        asked = (paths, arrays, named, storage_options), seed, cast("int | None", host_memory)
+        every = _every_row(*asked, carrying_out) if all_rows else nullcontext()
+        with every as compared, keep_denormals():
+            certificate = certify(paths, arrays, inputs=named, all_rows=compared, **chosen)
+    if certificate.files:
+        renew_full_report(paths)
+    return certificate
+
+
+@contextmanager
+def _every_row(
+    place: tuple[ResultPaths, ResultArrays, InputsLike | None, StorageOptions | None],
+    seed: int,
+    host_memory: int | None,
+    carrying_out: tuple[Workplace, Sequence[Callback], float],
+) -> Iterator[AllRowsArrays]:
+    """What a second pass over a result leaves, to be judged while inside."""
+    from oocattn.verification.all_rows import AllRowsArrays
+
+    first = FirstPass.open(*place)
+    with second_pass(first, Asked(SecondPass(seed), ALL_ROWS, other=True), host_memory, *carrying_out) as second:
+        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first))
+
+
+@checked(
+    arrays=arguments.choices(*ARRAYS),
+    top=arguments.integer(1, MOST_TOP),
+    pool=arguments.integer(1, MOST_POOLS),
+    mean_heads=arguments.boolean,
+    host_memory=arguments.size,
+    overwrite=arguments.boolean,
+    scratch=arguments.path,
+    lock=arguments.choice(*LOCKS),
+    **RUN_OPTIONS,
+)
+def survey(
+    result: ResultLike,
+    *,
+    arrays: Sequence[str] = ARRAYS,
+    top: int = 8,
+    pool: int = 1024,
+    mean_heads: bool = False,
+    inputs: InputsLike | None = None,
+    host_memory: Size | None = None,
+    overwrite: bool = False,
+    time_limit: Duration | None = None,
+    engine: Engine = "dask",
+    client: Client | None = None,
+    dashboard_address: str = DASHBOARD,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = False,
+    scratch: str | Path | None = None,
+    lock: str = "auto",
+    storage_options: StorageOptions | None = None,
+) -> Survey:
+    """Add to a finished result what its rows attend, by a second pass over all pairs on the CPU.
+
+    The weights are P_ij = exp(s_ij - lse_i). Of `arrays`: `received` [B, Hq, Nk], the sum of the weights that a key
+    receives; `entropy` [B, Hq, N] of each row's weights, in nats; `top_keys` [B, Hq, N, k] with `top_weights`, the `top` = k
+    largest of each row, falling (-1 and 0 where it attends fewer; equal weights in any order); `pooled` [B, Hq, R, C],
+    weights summed over blocks of rows and keys, at most `pool` along each side, averaged over heads with `mean_heads`
+    [B, 1, R, C]. All are float32, `top_keys` int64. They are written into the result's group, each whole; those of an
+    earlier survey are replaced with `overwrite`. A learnable sink counts as a weight that no key receives.
+
+    A pass that was cut off goes on when the same is asked for again. `inputs` names them if they were moved, `host_memory`
+    bounds what is held (default: half of the free memory), and the options from `time_limit` to `lock` are those of
+    `attention`. Raises IntegrityError where there is no finished result, ResultExistsError where it has such an array,
+    ProblemError where the dataset is not of the result's problem, and BudgetError.
+    """
+    named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
+    carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until
+    with limited(until):
+        paths = ResultPaths.at(result, scratch, lock, storage_options)
+        found = result_at(paths)
+        first = FirstPass.open(paths, ResultArrays(found.out, found.lse), named, storage_options)
+        questions = Questions(tuple(arrays), top, pool, mean_heads)
+        return survey_result(first, questions, cast("int | None", host_memory), carrying_out, overwrite=overwrite)

@@ -1,0 +1,74 @@
+"""A survey: the pairs of a result once more, their weights reduced along keys and along rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from oocattn.division.base import Block
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.reductions import reductions_of
+from oocattn.kernels.reductions.base import Int64s, Places, Reducing, merge_reduced
+from oocattn.kernels.state import AttentionState
+from oocattn.operations.base import SummedBlock
+from oocattn.operations.ledger import enter_tile
+from oocattn.operations.second_pass import SecondPass
+from oocattn.operations.staging import StagedRows
+from oocattn.operations.tiles import Tile
+from oocattn.planning.plan import Plan
+
+
+class Survey(SecondPass):
+    """Reductions of the weights of a result, exp(score - log-sum-exp). Values are not read. Implements Operation."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        asked = plan.problem.second_pass
+        self._along_keys, self._along_rows = reductions_of((asked and asked.reduced) or ())
+        self.key_inputs = tuple(each for each in self.key_inputs if each.name != "v")
+
+    def compute(
+        self,
+        head_group: int,
+        tile: Tile,
+        query: Sequence[Tensor],
+        key: Sequence[Tensor],
+        state: AttentionState,
+        attended: Callable[[int], object] | None = None,
+        sums: SummedBlock | None = None,
+    ) -> None:
+        assert sums is not None
+        part = state.rows(tile.rows.start, tile.rows.stop)
+        places = Places(tile.row_tokens, tile.keys, sums.key_tokens[tile.keys.start : tile.keys.stop])
+        operands = self._operands(head_group, tile, query, key, attended)
+        self._kernel.attend(replace(operands, reducing=Reducing(self._along_keys, sums.sums, places)), part)
+        enter_tile(part, tile)
+
+    def _operands(
+        self,
+        head_group: int,
+        tile: Tile,
+        query: Sequence[Tensor],
+        key: Sequence[Tensor],
+        attended: Callable[[int], object] | None,
+    ) -> Operands:
+        k, *bias = key
+        return super()._operands(head_group, tile, query, (k, k[:, :, :0], *bias), attended)
+
+    def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock:
+        """See `Operation.begin_sums`."""
+        group, tokens = self._problem.head_group(head_group), self._plan.query_rows(block.query_chunk)
+        keys = key_tokens(staged)
+        return SummedBlock([each.begin(len(group.query_heads), tokens, keys) for each in self._along_rows], keys)
+
+    def merge(self, into: AttentionState, other: AttentionState) -> None:
+        merge_reduced(self._along_keys, into, other)
+
+
+def key_tokens(staged: StagedRows) -> Int64s:
+    """The token of each staged key."""
+    runs = [np.arange(run.rows.start, run.rows.stop) for of_chunk in staged.keys.values() for run in of_chunk]
+    return np.concatenate([np.empty(0, np.int64), *runs])

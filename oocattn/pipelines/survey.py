@@ -1,0 +1,191 @@
+"""A survey of a finished result: what attention looked at, by a second pass over its pairs, as arrays of the result's group.
+
+The pass is a run of its own. Its columns and sums over rows become arrays here, which are then added to the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zarr
+
+from oocattn.errors import LockedError, ProblemError
+from oocattn.naming import as_given, named
+from oocattn.pipelines.engines.base import warn_of_failure
+from oocattn.pipelines.passes import MADE, judging, remove_pass, removed_if_empty
+from oocattn.pipelines.result import Result
+from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
+from oocattn.pipelines.survey_arrays import MEAN_HEAD, Making, PassArrays, wanted_arrays
+from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.workplace import Workplace
+from oocattn.problem.problem import Problem
+from oocattn.problem.second_pass import ARRAYS, Reduced, SecondPass
+from oocattn.shown import NAME_WIDTH, Shown
+from oocattn.storage.files import folders
+from oocattn.storage.locations import output_path
+from oocattn.storage.metadata import describe_array
+from oocattn.storage.paths import ATTRIBUTES, STORE, SURVEY, ResultPaths
+from oocattn.storage.results.added import MARK, add_arrays, missing, open_added, settle
+from oocattn.storage.results.locking import hold_lock, require_lock
+from oocattn.storage.results.summary import ResultAttributes
+from oocattn.units import ceil_div
+
+MOST_KEYS = (1 << 31) - (1 << 24)
+"""Keys whose numbers are kept in 32 bits."""
+
+FORMAT = 1
+"""Of the JSON document."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a survey asks for: arrays, keys of each row, blocks along a side of the map, and whether it averages heads."""
+
+    arrays: tuple[str, ...] = ARRAYS
+    top: int = 8
+    pools: int = 1024
+    mean_heads: bool = False
+
+    def reduced(self, problem: Problem) -> tuple[Reduced, ...]:
+        """What the second pass is asked for. Raises ProblemError for keys whose numbers it cannot keep."""
+        if "top_keys" in self.arrays and problem.keys > MOST_KEYS:
+            raise ProblemError(
+                f"{problem.keys:,} keys: top_keys of at most {MOST_KEYS:,}; leave it out of {named('arrays')}"
+            )
+        every = {
+            "received": Reduced("received"),
+            "entropy": Reduced("entropy", (), 1),
+            "top_keys": Reduced("top_keys", (self.top,), 2 * self.top),
+            "pooled": Reduced("pooled", self.pool_sizes(problem)),
+        }
+        return tuple(every[name] for name in ARRAYS if name in self.arrays)
+
+    def pool_sizes(self, problem: Problem) -> tuple[int, int, int, int]:
+        """Rows and keys of a pool of the map, its first row, and how many pools of keys there are."""
+        rows, keys = (ceil_div(count, min(self.pools, count)) for count in (problem.out_rows, problem.keys))
+        return rows, keys, problem.rows_asked[0], ceil_div(problem.keys, keys)
+
+
+@dataclass(frozen=True, repr=False)
+class Survey(Shown):
+    """Where a surveyed result is, the arrays that were added to it, and the query heads that it has (None: all)."""
+
+    path: str
+    arrays: Mapping[str, zarr.Array[Any]] = field(default_factory=dict)
+    heads: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON document (docs/scripts.md)."""
+        arrays = {name: describe_array(array) for name, array in self.arrays.items()}
+        return {"format": FORMAT, "path": self.path, "arrays": arrays}
+
+    def visualize(self, path: str | Path) -> Path:
+        """Draw `pooled` as a PNG file, a panel for each head, and return its path. It takes matplotlib.
+
+        Raises ProblemError where the map was not asked for, or of more than 64 heads, where `path` does not end in .png, or
+        its folder cannot be written to, and ResultExistsError where something is at `path` that oocattn has not drawn.
+        """
+        from oocattn.drawing.pooled import PooledBlocks, check_picture, draw_pooled
+
+        file, pooled = output_path(path, "picture"), self.arrays.get("pooled")
+        if pooled is None:
+            raise ProblemError(f"{self.path}: no map to draw: ask for 'pooled' among {named('arrays')}")
+        batch, heads, *_ = pooled.shape
+        check_picture(file, batch * heads)
+        about = cast("dict[str, dict[str, dict[str, int]]]", pooled.attrs.asdict())[ATTRIBUTES][MARK]
+        panels = np.asarray(pooled[...]).reshape(batch * heads, *pooled.shape[2:])
+        draw_pooled(panels, PooledBlocks(**about), file, _panel_names(batch, self._heads_of(pooled)))
+        return file
+
+    def _heads_of(self, pooled: zarr.Array[Any]) -> Sequence[int]:
+        """The query heads that a map has, none where it is of their mean."""
+        if MEAN_HEAD in (getattr(pooled.metadata, "dimension_names", None) or ()):
+            return ()
+        return self.heads or range(pooled.shape[1])
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<{NAME_WIDTH}} {value}" for name, value in self._table())
+
+    def _line(self) -> str:
+        return f"{', '.join(self.arrays)} of {self.path}"
+
+    def _table(self) -> list[tuple[str, str]]:
+        return [("path", self.path), *((name, f"{list(array.shape)} {array.dtype}") for name, array in self.arrays.items())]
+
+
+def _panel_names(batch: int, heads: Sequence[int]) -> list[str]:
+    """What the panels of a map of these query heads are called; without any it is of their mean."""
+    names = [f"head {head}" for head in heads] or ["heads averaged"]
+    return names if batch == 1 else [f"entry {entry}, {name}" for entry in range(batch) for name in names]
+
+
+def check_map(typed: str | Path, result: Result, *, mean_heads: bool) -> None:
+    """Raise as `Survey.visualize` for the picture of a result's map, which is yet to be made."""
+    from oocattn.drawing.pooled import check_picture
+
+    batch, heads, *_ = result.lse.shape
+    check_picture(output_path(typed, "picture"), batch * (1 if mean_heads else heads))
+
+
+def survey_result(
+    first: FirstPass,
+    questions: Questions,
+    host_memory: int | None,
+    carrying_out: tuple[Workplace, Sequence[Callback], float],
+    *,
+    overwrite: bool,
+) -> Survey:
+    """Survey a result, and add the arrays to it, unless they are there already.
+
+    Raises what `second_pass` raises, and ResultExistsError as `missing`.
+    """
+    until, reduced = carrying_out[2], questions.reduced(first.problem)
+    asked = SecondPass(reduced=reduced)
+    wanted = wanted_arrays(first.problem, reduced, mean_heads=questions.mean_heads)
+    if missing(first.paths, wanted, overwrite=overwrite) or overwrite:
+        _check_place(first.paths)
+        with (
+            removed_if_empty(first.paths.state),
+            second_pass(first, Asked(asked, SURVEY), host_memory, *carrying_out) as found,
+        ):
+            made = ResultPaths.at(first.paths.state / SURVEY).state / MADE
+            folders.remove_ours(made, folders.GROUP)
+            arrays = PassArrays(Path(found.location), first.arrays.lse, first.problem, reduced)
+            Making(arrays, wanted, made, "." if first.paths.stored is None else "/").make()
+            with hold_lock(first.paths, until) as claim:
+                first.require_same()
+                add_arrays(first.paths, made, wanted, claim)
+    else:
+        with warn_of_failure("what a survey that was killed has left was not removed"):
+            _settle(first, asked, until)
+    return Survey(str(first.paths.result), open_added(first.paths, wanted), first.problem.heads)
+
+
+def _check_place(paths: ResultPaths) -> None:
+    """Raise ProblemError where arrays could not be added, before a pass is computed."""
+    if paths.mirrored:
+        raise ProblemError(f"{as_given('scratch', STORE)}: a survey keeps its job state in a folder: name one, or none")
+    if paths.stored is not None:
+        paths.stored.check_writable()
+        require_lock(paths)
+
+
+def _settle(first: FirstPass, asked: SecondPass, until: float) -> None:
+    """Do what a survey that was killed had left to do once its arrays were there.
+
+    A pass that can go on, and one of another survey, whose arrays are yet to be added, is left alone.
+    """
+    paths = ResultPaths.at(first.paths.state / SURVEY)
+    if not folders.is_folder(paths.state):
+        return
+    with suppress(LockedError), judging(paths, until):
+        if paths.unfinished is not None or (paths.is_taken() and ResultAttributes.read(paths).problem.second_pass != asked):
+            return
+        with hold_lock(first.paths, until) as claim:
+            settle(first.paths, claim)
+        remove_pass(paths, until)

@@ -1,0 +1,57 @@
+"""Second passes as planned on a machine that is made up: their division is chosen, and nothing is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import GENEROUS, MACHINE, with_partials
+
+from oocattn import Plan
+from oocattn.kernels.registry import get_kernel
+from oocattn.pipelines import second_pass, session
+from oocattn.planning.candidates import Choices, make_plan
+from oocattn.planning.machine import Engine
+from oocattn.planning.reading import input_cost
+from oocattn.problem.problem import Problem
+from oocattn.storage.inputs.dataset import Dataset
+
+
+@contextmanager
+def planned(
+    chunks: int | None, decomposition: str = "cqs", *, partials: str | None = None, threads: int = 1
+) -> Iterator[None]:
+    """While inside, plans of second passes have so many chunks, this division and, where given, place of partials."""
+    kernel, real = second_pass.KERNEL, session.plan_here
+    machine = replace(MACHINE, kernel=kernel, scratch_bytes=get_kernel(kernel).scratch_bytes, threads=threads)
+
+    def plan(
+        dataset: Dataset,
+        problem: Problem,
+        choices: Choices,
+        lanes: int | None,
+        scratch: Path | None,
+        engine: Engine,
+        *,
+        to_store: bool = False,
+    ) -> Plan:
+        if problem.second_pass is None:
+            return real(dataset, problem, choices, lanes, scratch, engine, to_store=to_store)
+        made = make_plan(
+            problem,
+            replace(machine, lanes=lanes or 1),
+            inputs=replace(input_cost(dataset, problem, host_memory=0), decode_rate=1e9),
+            device_memory=GENEROUS,
+            host_memory=choices.host_memory or GENEROUS,
+            chunks=chunks,
+            decomposition=decomposition,
+            to_store=to_store,
+        )
+        return made if partials is None else with_partials(made, partials)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "plan_here", plan)
+        yield
