@@ -110,3 +110,21 @@ def test_a_result_that_is_wrong_is_told(real_text, monkeypatch, tmp_path, capsys
     monkeypatch.setattr(sys, "argv", ["real_text.py", str(tmp_path), "--tokens", "1024", "--budgets", "128MiB", "64MiB"])
     assert real_text.main() == 1
     assert "THEY DISAGREE" in capsys.readouterr().out
+
+
+def test_heads_are_said_to_look_where_they_do(real_text, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(real_text.__file__).parent)
+    where = importlib.import_module("where_heads_look")
+    monkeypatch.setattr(sys, "argv", ["where_heads_look.py", str(tmp_path), "--tokens", "700"])
+    where.main()
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed[-1] == ["drawn", "in", str(tmp_path / "heads.png")]
+    assert (tmp_path / "heads.png").stat().st_size > 10_000
+    q, k = (np.asarray(zarr.open_array(tmp_path / "text.zarr" / name)[0, 2], np.float64) for name in "qk")
+    scores = np.where(np.tri(700, dtype=bool), q @ k.T / np.sqrt(32), -np.inf)
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    _, keys, _, before, *_ = next(line for line in printed if line[0] == "2")
+    logarithms = np.log(weights, out=np.zeros_like(weights), where=weights > 0)
+    assert abs(int(keys) - np.median(np.exp(-(weights * logarithms).sum(axis=1)))) <= 0.5 + 1e-3
+    assert abs(float(before) - np.diagonal(weights, -1).sum() / 700) < 6e-4
