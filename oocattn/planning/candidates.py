@@ -167,7 +167,8 @@ def _kind(plan: Plan) -> tuple[bool, bool, bool]:
 def _candidates(problem: Problem, lanes: int, chunks: int | None, decomposition: str) -> Iterator[Candidate]:
     rows, keys = problem.out_rows, problem.keys
     if decomposition in ("auto", "cqs"):
-        regular = all(mask.is_full or mask.is_triangular for mask in problem.masks)
+        square = problem.out_rows == problem.keys  # else a triangle is cut off, and its live pairs are counted one by one
+        regular = all(mask.is_full or (mask.is_triangular and square) for mask in problem.masks)
         limit = min(max(rows, keys) if decomposition == "cqs" else min(rows, keys), MAX_CHUNKS if regular else MOST_PRUNED)
         for c in (chunks,) if chunks else candidate_chunk_counts(limit):
             # With more than c, a lane's next head group begins while the last one's chunks are being written.
