@@ -18,6 +18,7 @@ from oocattn import clock
 from oocattn.errors import ProblemError
 from oocattn.naming import by_face
 from oocattn.pipelines.again import how_to_pass
+from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.base import Engine, warn_of_failure
 from oocattn.pipelines.existing import (
     Found,
@@ -132,7 +133,8 @@ class _Session:
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:
         """Have the workers ready; return what they compute with. Nothing of the run is written yet."""
         words = f": 0 of {plan.subproblems:,} subproblems are done now, because it waited for workers"
-        return self.engine.enlist(plan, dataset, self.state, lambda: self.interrupts.check(self.until - clock.now(), words))
+        until = self.until - MARGIN_SECONDS / 2  # later, workers could do nothing, and the run would end late
+        return self.engine.enlist(plan, dataset, self.state, lambda: self.interrupts.check(until - clock.now(), words))
 
     def _is_over(self) -> bool:
         return self.interrupts.asked or clock.now() > self.until
