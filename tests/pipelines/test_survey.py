@@ -146,7 +146,7 @@ def test_the_same_survey_is_found_and_nothing_is_computed(result: Path) -> None:
 def test_another_survey_is_refused_unless_it_is_to_replace_the_first(other: dict[str, Any], result: Path) -> None:
     survey(result)
     before = files_of(result)
-    with pytest.raises(ResultExistsError, match="of another survey: replace it with overwrite=True"):
+    with pytest.raises(ResultExistsError, match="or replace it with overwrite=True"):
         survey(result, **other)
     assert files_of(result) == before
     found = survey(result, **other, overwrite=True)
