@@ -149,8 +149,9 @@ class _ShareCall:
         self.added = self._added()
         first = share.rows.start
         self.sums = [self._sums(range(rows.start - first, rows.stop - first)) for rows in share.blocks]
-        along_rows = [] if self.reducing is None else self.reducing.sums
-        self.key_sums = [each.begin(self.reducing.places, share.rows) for each in along_rows if self.reducing is not None]
+        self.key_sums: list[KeySums] = []
+        if self.reducing is not None:
+            self.key_sums = [each.begin(self.reducing.places, share.rows) for each in self.reducing.sums]
 
     def attend(self) -> list[KeySums]:
         """Add what the rows attend to their state; return what is summed over them."""

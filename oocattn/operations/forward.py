@@ -68,7 +68,7 @@ class Forward:
         sums: SummedBlock | None = None,
     ) -> None:
         part = state.rows(tile.rows.start, tile.rows.stop)
-        self._kernel.attend(self._operands(head_group, tile, query, key, attended), part)
+        self._kernel.attend(self._operands(head_group, tile, query, key, attended, sums), part)
         enter_tile(part, tile)
 
     def _operands(
@@ -78,6 +78,7 @@ class Forward:
         query: Sequence[Tensor],
         key: Sequence[Tensor],
         attended: Callable[[int], object] | None,
+        sums: SummedBlock | None,
     ) -> Operands:
         """What the kernel is given of a tile."""
         (q, *shift), (k, v, *bias) = (tensor[:, tile.rows.start : tile.rows.stop] for tensor in query), key

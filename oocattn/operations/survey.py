@@ -14,7 +14,6 @@ from oocattn.kernels.reductions import reductions_of
 from oocattn.kernels.reductions.base import Int64s, Places, Reducing, merge_reduced
 from oocattn.kernels.state import AttentionState
 from oocattn.operations.base import SummedBlock
-from oocattn.operations.ledger import enter_tile
 from oocattn.operations.second_pass import SecondPass
 from oocattn.operations.staging import StagedRows
 from oocattn.operations.tiles import Tile
@@ -30,23 +29,6 @@ class Survey(SecondPass):
         self._along_keys, self._along_rows = reductions_of((asked and asked.reduced) or ())
         self.key_inputs = tuple(each for each in self.key_inputs if each.name != "v")
 
-    def compute(
-        self,
-        head_group: int,
-        tile: Tile,
-        query: Sequence[Tensor],
-        key: Sequence[Tensor],
-        state: AttentionState,
-        attended: Callable[[int], object] | None = None,
-        sums: SummedBlock | None = None,
-    ) -> None:
-        assert sums is not None
-        part = state.rows(tile.rows.start, tile.rows.stop)
-        places = Places(tile.row_tokens, tile.keys, sums.key_tokens[tile.keys.start : tile.keys.stop])
-        operands = self._operands(head_group, tile, query, key, attended)
-        self._kernel.attend(replace(operands, reducing=Reducing(self._along_keys, sums.sums, places)), part)
-        enter_tile(part, tile)
-
     def _operands(
         self,
         head_group: int,
@@ -54,9 +36,13 @@ class Survey(SecondPass):
         query: Sequence[Tensor],
         key: Sequence[Tensor],
         attended: Callable[[int], object] | None,
+        sums: SummedBlock | None,
     ) -> Operands:
+        assert sums is not None
         k, *bias = key
-        return super()._operands(head_group, tile, query, (k, k[:, :, :0], *bias), attended)
+        operands = super()._operands(head_group, tile, query, (k, k[:, :, :0], *bias), attended, sums)
+        places = Places(tile.row_tokens, tile.keys, sums.key_tokens[tile.keys.start : tile.keys.stop])
+        return replace(operands, reducing=Reducing(self._along_keys, sums.sums, places))
 
     def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock:
         """See `Operation.begin_sums`."""

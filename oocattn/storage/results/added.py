@@ -130,13 +130,13 @@ def _consolidate(paths: ResultPaths, without: Collection[str] = ()) -> None:
 
 def open_added(paths: ResultPaths, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
     """The arrays of these names, open for reading."""
-    store, path = (MappedStore(paths.folder, read_only=True), "") if paths.stored is None else _place(paths.stored)
+    store: Store
+    if paths.stored is None:
+        store, path = MappedStore(paths.folder, read_only=True), ""
+    else:
+        store, path = paths.stored.store, paths.stored.path
     found = {name: open_array(store, f"{path}/{name}".lstrip("/"), str(paths.result)) for name in names}
     return {name: array for name, array in found.items() if array is not None}
-
-
-def _place(stored: StoredResult) -> tuple[Store, str]:
-    return stored.store, stored.path
 
 
 def _replace_folder(paths: ResultPaths, made: Path, place: Path) -> None:
