@@ -13,6 +13,7 @@ import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -168,9 +169,9 @@ def with_kernel(case: Case, kernel: str) -> Case:
     return replace(case, kernel=kernel, poisoned=case.poisoned if kept else (), poison_dead=kept and case.poison_dead)
 
 
-def main(arguments: list[str]) -> int:
-    """Run the cases of some seeds; return 1 if any fails."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def rerun(arguments: list[str], about: str, *checks: Callable[[Case, Path], None]) -> int:
+    """Check the cases of some seeds that a command line names; return 1 if any fails."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("seeds", type=int, nargs="+")
     parser.add_argument("--longest", type=int, default=LONGEST, help="as in `make_case` (default: %(default)s)")
     parser.add_argument("--kernel", help="instead of the case's own")
@@ -182,8 +183,8 @@ def main(arguments: list[str]) -> int:
         print(case)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                check(case, Path(folder))
-                check_resuming(case, Path(folder))
+                for each in checks:
+                    each(case, Path(folder))
             except Exception:
                 failed = 1
                 traceback.print_exc()
@@ -191,4 +192,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(rerun(sys.argv[1:], (__doc__ or "").partition("\n")[0], check, check_resuming))

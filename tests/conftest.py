@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported, here and in processes that tests start. Threads of OpenMP that wait for each other would keep the
 # cores busy: on two cores with two test processes, a test of the kernels took 21 s of CPU time instead of 2.
@@ -61,6 +62,15 @@ def dataset(fast_path: Path) -> Path:
 @pytest.fixture
 def result(fast_path: Path) -> Path:
     return fast_path / "result.zarr"
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, Any]]:
+    """An S3 server on the loopback, and the storage options that reach it."""
+    from object_store import serving_s3  # takes fsspec and s3fs
+
+    with serving_s3() as options:
+        yield options
 
 
 @pytest.fixture

@@ -1,16 +1,18 @@
-"""Second passes as planned on a machine that is made up: their division is chosen, and nothing is measured."""
+"""Second passes as planned on a machine that is made up (their division is chosen, nothing is measured), and surveys."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import GENEROUS, MACHINE, with_partials
 
-from oocattn import Plan
+from oocattn import Plan, Survey
 from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines import second_pass, session
 from oocattn.planning.candidates import Choices, make_plan
@@ -18,6 +20,9 @@ from oocattn.planning.machine import Engine
 from oocattn.planning.reading import input_cost
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
+
+ARRAYS = ("received", "entropy", "top_keys", "top_weights", "pooled")
+"""All that a survey adds."""
 
 
 @contextmanager
@@ -55,3 +60,15 @@ def planned(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "plan_here", plan)
         yield
+
+
+def copied(result: Path, place: Path) -> Path:
+    """A result, with what is beside it, at another place."""
+    for suffix in ("", ".oocattn"):
+        shutil.copytree(f"{result}{suffix}", f"{place}{suffix}")
+    return place
+
+
+def bits(found: Survey) -> dict[str, bytes]:
+    """The bits of the arrays of a survey."""
+    return {name: np.asarray(array[...]).tobytes() for name, array in found.arrays.items()}

@@ -8,18 +8,15 @@ failed test says.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from any_attention import plan_of, rounding_of_scores, store
-from compositions import LONGEST, Case, World, make_case
+from any_attention import plan_of, rerun, rounding_of_scores, store
+from compositions import Case, World
 from numpy.typing import NDArray
 from passes import planned
 from reference import Array64, attention_by_definition
@@ -94,24 +91,5 @@ def pools_of(weights: Array64, pool: int) -> Array64:
     return summed
 
 
-def main(arguments: list[str]) -> int:
-    """Survey the cases of some seeds; return 1 if any fails."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("seeds", type=int, nargs="+")
-    parser.add_argument("--longest", type=int, default=LONGEST, help="as in `make_case` (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    failed = 0
-    for seed in options.seeds:
-        case = make_case(seed, options.longest)
-        print(case)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                check_survey(case, Path(folder))
-            except Exception:
-                failed = 1
-                traceback.print_exc()
-    return failed
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(rerun(sys.argv[1:], (__doc__ or "").partition("\n")[0], check_survey))

@@ -13,14 +13,12 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from passes import planned
+from passes import ARRAYS, bits, copied, planned
 from support import BESIDE, Recorder, normal_arrays, sizes_of, write_dataset
 
 import oocattn
 from oocattn import BudgetError, IntegrityError, LockedError, ProblemError, ResultExistsError, Survey
 from oocattn.pipelines.engines.dask.local_cluster import local_client
-
-ARRAYS = ("received", "entropy", "top_keys", "top_weights", "pooled")
 
 TOKENS, HEADS = 170, 4
 
@@ -48,19 +46,9 @@ def result(first: Path, fast_path: Path) -> Path:
     return copied(first, fast_path / "result.zarr")
 
 
-def copied(result: Path, place: Path) -> Path:
-    for suffix in ("", ".oocattn"):
-        shutil.copytree(f"{result}{suffix}", f"{place}{suffix}")
-    return place
-
-
 def survey(result: Any, *, chunks: int = 3, division: str = "cqs", **options: Any) -> Survey:
     with planned(chunks, division):
         return oocattn.survey(result, **{"engine": "inline", "pool": 7, **options})
-
-
-def bits(found: Survey) -> dict[str, bytes]:
-    return {name: np.asarray(array[...]).tobytes() for name, array in found.arrays.items()}
 
 
 def files_of(result: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import zarr
 from interrupting import EnoughError, interrupt
-from passes import planned
+from passes import ARRAYS, bits, copied, planned
 from refusing import refusing
 from support import BESIDE, damage, normal_arrays, write_dataset
 
@@ -24,8 +24,6 @@ from oocattn.pipelines import failing
 from oocattn.storage.journal import lock
 from oocattn.storage.paths import SURVEY
 from oocattn.storage.results import added
-
-ARRAYS = ("received", "entropy", "top_keys", "top_weights", "pooled")
 
 TOKENS = 150
 
@@ -59,19 +57,9 @@ def result(first: Path, fast_path: Path) -> Path:
     return copied(first, fast_path / "result.zarr")
 
 
-def copied(result: Path, place: Path) -> Path:
-    for suffix in ("", ".oocattn"):
-        shutil.copytree(f"{result}{suffix}", f"{place}{suffix}")
-    return place
-
-
 def survey(result: Any, partials: str = "memory", **options: Any) -> Survey:
     with planned(3, partials=partials):
         return oocattn.survey(result, **{"engine": "inline", "pool": 7, **options})
-
-
-def bits(found: Survey) -> dict[str, bytes]:
-    return {name: np.asarray(array[...]).tobytes() for name, array in found.arrays.items()}
 
 
 def state_of(result: Path) -> Path:

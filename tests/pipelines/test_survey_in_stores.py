@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import zarr
 from interrupting import EnoughError, interrupt
-from object_store import BUCKET, objects_in, serving_s3
-from passes import planned
+from object_store import BUCKET, objects_in
+from passes import ARRAYS, bits, planned
 from support import BESIDE, normal_arrays, write_dataset
 
 import oocattn
@@ -22,19 +22,11 @@ from oocattn import ProblemError, ResultExistsError, Survey
 from oocattn.storage.paths import SURVEY
 from oocattn.storage.remote.objects import Objects
 
-ARRAYS = ("received", "entropy", "top_keys", "top_weights", "pooled")
-
 TOKENS = 120
 
 NUMBERS = itertools.count()
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, Any]]:
-    with serving_s3() as options:
-        yield options
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +49,7 @@ def place(request: pytest.FixtureRequest, here: Path, dataset: Path) -> dict[str
     """A finished result, as arguments."""
     name, found = f"r{next(NUMBERS)}.zarr", {"scratch": here / "scratch", "lock": "none"}
     if request.param == "memory":
-        found = {"result": f"memory://a/{name}"}
+        found = {"result": f"memory://surveys/{name}"}
     elif request.param == "s3":
         found = {"result": f"s3://{BUCKET}/a/{name}", "storage_options": request.getfixturevalue("s3")}
     elif request.param == "icechunk":
@@ -73,10 +65,6 @@ def place(request: pytest.FixtureRequest, here: Path, dataset: Path) -> dict[str
 def survey(place: dict[str, Any], **options: Any) -> Survey:
     with planned(3):
         return oocattn.survey(**place, **{"engine": "inline", "pool": 7, **options})
-
-
-def bits(found: Survey) -> dict[str, bytes]:
-    return {name: np.asarray(array[...]).tobytes() for name, array in found.arrays.items()}
 
 
 def group_of(place: dict[str, Any], **options: Any) -> zarr.Group:
@@ -206,7 +194,7 @@ def test_a_place_to_which_nothing_could_be_added_is_refused_before_anything_is_c
     read_only = place["result"].with_read_only(True)
     with pytest.raises(ProblemError, match="read-only"):
         survey({**place, "result": read_only, "lock": "none"}, callbacks=[begun.append])
-    url = {"result": f"memory://a/r{next(NUMBERS)}.zarr", "scratch": "store"}
+    url = {"result": f"memory://surveys/r{next(NUMBERS)}.zarr", "scratch": "store"}
     oocattn.attention(dataset, **url, engine="inline")
     with pytest.raises(ProblemError, match="scratch = 'store': a survey keeps its job state in a folder"):
         survey(url, callbacks=[begun.append])

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import zarr
 from distributed import Client
 from interrupting import EnoughError, interrupt
-from object_store import BUCKET, SECRET, client_of, objects_in, serving_s3
+from object_store import BUCKET, SECRET, client_of, objects_in
 from support import BESIDE, assert_same_bits, carry_out, plan_for
 
 import oocattn
@@ -35,12 +34,6 @@ ARGUMENTS = {"result": None, "scratch": None, "lock": "auto", "storage_options":
 NUMBERS = itertools.count()
 
 pytestmark = pytest.mark.usefixtures("here")
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, Any]]:
-    with serving_s3() as options:
-        yield options
 
 
 @pytest.fixture
