@@ -31,6 +31,7 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
     "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default=False),
     "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", default=False, shifted=True),
     "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
+    "hopper-precise": _Registration("oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default=False),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda"),
     "flash": _Registration("oocattn.kernels.libraries.aten", "FlashKernel", "cuda"),

@@ -1,8 +1,14 @@
 // Attention that continues a float32 state, for compute capability 9.0. What a state is, is defined in state.py; its ledger
 // is not touched here.
 //
-// Compiled with HEAD_DIM and VALUE_DIM (multiples of 8, 128 at most), CONSUMERS (warpgroups of 64 query rows), STAGES (of the
-// rings), RING (0 or 1: whether consumers take turns), ITEMS (of a block), SHARED_BYTES, and what the headers ask for.
+// Compiled with HEAD_DIM and VALUE_DIM (multiples of 8, 256 at most), CONSUMERS (warpgroups of 64 query rows), KEYS (of a
+// step), STAGES (of the rings), ITEMS (of a block), SHARED_BYTES, and what the
+// headers ask for; and with
+// * PARTS: 16-bit parts of a number of the rows, 1, or 2 of float32 ones, as split.cu writes them: the columns of all first
+//   parts come before those of the second ones. The products of two second parts, 2^-24 of the whole, are left out.
+// * WEIGHT_PARTS: the same of a weight.
+// * RESTART: steps after which the sums of the matrix units, which truncate, are added to others in float32, in registers; 0:
+//   FOLD steps, in shared memory; if that is 0 too, at the end of an item.
 //
 // A block takes a few items one after another: a tile of query rows of one head and a span of keys. One thread loads by
 // TMA; each consumer computes S = Q K^T, the softmax and num += P V in registers, the scores of a step before the values of
@@ -11,19 +17,21 @@
 // before the next one, so that keys and values come from device memory once. The structure is FlashAttention-3's (Shah et
 // al., arXiv 2407.08608, section 3).
 
+#include "adding.cuh"
 #include "items.cuh"
 #include "launches.cuh"
+#include "products.cuh"
 #include "softmax.cuh"
-#include "state.cuh"
 
 constexpr int PANEL = 64;  // columns of 16 bits in the 128 bytes that TMA and the matrix units swizzle together
-constexpr int KEY_PANELS = (HEAD_DIM + PANEL - 1) / PANEL;  // columns beyond HEAD_DIM are filled with zeros
+constexpr int KEY_PANELS = (HEAD_DIM + PANEL - 1) / PANEL;  // of each part; columns beyond HEAD_DIM are filled with zeros
 constexpr int VALUE_PANELS = (VALUE_DIM + PANEL - 1) / PANEL;
+constexpr int KEY_PRODUCTS = (HEAD_DIM + 15) / 16;  // of 16 columns
 constexpr int SUMS = VALUE_PANELS * PANEL / 2;
 constexpr int ROW_BYTES = 2 * PANEL;  // of a panel
-constexpr int QUERY_BYTES = KEY_PANELS * ROWS * ROW_BYTES;
-constexpr int KEY_BYTES = KEY_PANELS * KEYS * ROW_BYTES;  // of a stage
-constexpr int VALUE_BYTES = VALUE_PANELS * KEYS * ROW_BYTES;
+constexpr int QUERY_PART = KEY_PANELS * ROWS * ROW_BYTES, QUERY_BYTES = PARTS * QUERY_PART;
+constexpr int KEY_PART = KEY_PANELS * KEYS * ROW_BYTES, KEY_BYTES = PARTS * KEY_PART;  // of a stage
+constexpr int VALUE_PART = VALUE_PANELS * KEYS * ROW_BYTES, VALUE_BYTES = PARTS * VALUE_PART;
 // A thread's registers, multiples of 8: a block begins with 128 for each of 512 threads, or 168 for each of 384.
 constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 232;
@@ -40,6 +48,7 @@ struct Shared {
     alignas(1024) char query[QUERY_BYTES];
     alignas(1024) char key[STAGES][KEY_BYTES];
     alignas(1024) char value[STAGES][VALUE_BYTES];
+    float4 totals[FOLD ? SUMS / 4 : 1][FOLD ? 128 * CONSUMERS : 1];  // sums that were folded, of each thread
     Word query_full, query_free;
     Word key_full[STAGES], key_free[STAGES], value_full[STAGES], value_free[STAGES];
     Item items[2];  // in turns: consumers read one until they have added it to the state
@@ -94,7 +103,7 @@ __device__ void produce(
             return;
         }
         arrive_expecting(&shared.query_full, QUERY_BYTES);
-        load_panels<KEY_PANELS>(shared.query, query, &shared.query_full, ROWS * ROW_BYTES, item.tile * ROWS, item.head);
+        load_panels<PARTS * KEY_PANELS>(shared.query, query, &shared.query_full, ROWS * ROW_BYTES, item.tile * ROWS, item.head);
 #pragma unroll 1
         for (int step = 0; step < item.steps; ++step, ring.advance()) {
             const int first = item.key(step), stage = ring.stage(), phase = ring.phase();
@@ -103,10 +112,10 @@ __device__ void produce(
             shared.steps[ring.slot()] = {first, is_whole(item.whole, first) ? WHOLE : item.keys_left(step)};
 #endif
             arrive_expecting(&shared.key_full[stage], KEY_BYTES);
-            load_panels<KEY_PANELS>(shared.key[stage], key, &shared.key_full[stage], KEYS * ROW_BYTES, first, 0);
+            load_panels<PARTS * KEY_PANELS>(shared.key[stage], key, &shared.key_full[stage], KEYS * ROW_BYTES, first, 0);
             wait(&shared.value_free[stage], phase ^ 1);
             arrive_expecting(&shared.value_full[stage], VALUE_BYTES);
-            load_panels<VALUE_PANELS>(shared.value[stage], value, &shared.value_full[stage], KEYS * ROW_BYTES, first, 0);
+            load_panels<PARTS * VALUE_PANELS>(shared.value[stage], value, &shared.value_full[stage], KEYS * ROW_BYTES, first, 0);
             // What comes next is drawn late, for other blocks may be free before, and so that nothing waits for memory.
             if (step == max(0, item.steps - 8) && --left > 0) items.draw();
             if (step == max(0, item.steps - 6) && left > 0) items.look_up();
@@ -117,22 +126,66 @@ __device__ void produce(
 
 // ---- A warpgroup computes 64 rows ----
 
-// Issue S = Q K^T.
-__device__ __forceinline__ void begin_scores(float (&scores)[SCORES], const char* query, const char* key) {
+// Issue S = Q K^T, small parts first.
+__device__ __forceinline__ void begin_scores(float (&scores)[SCORES], Word query, Word key) {
 #pragma unroll
-    for (int k = 0; k < KEY_PANELS * PANEL / 16; ++k) {
-        const Word a = matrix(query + k / 4 * ROWS * ROW_BYTES + k % 4 * 32, 16);
-        const Word b = matrix(key + k / 4 * KEYS * ROW_BYTES + k % 4 * 32, 16);
-        multiply_scores(scores, a, b, k > 0);
-    }
+    for (int product = PARTS == 2 ? 2 : 0; product >= 0; --product)
+#pragma unroll
+        for (int k = 0; k < KEY_PRODUCTS; ++k) {
+            const Word a = further(query, (product == 2 ? QUERY_PART : 0) + k / 4 * ROWS * ROW_BYTES + k % 4 * 32);
+            const Word b = further(key, (product == 1 ? KEY_PART : 0) + k / 4 * KEYS * ROW_BYTES + k % 4 * 32);
+            multiply_rows(scores, a, b, k > 0 || product != (PARTS == 2 ? 2 : 0));
+        }
     commit_products();
 }
 
-// Issue num += P V.
-__device__ __forceinline__ void begin_values(float (&num)[SUMS], const unsigned (&weights)[SCORES / 2], const char* value) {
+// S = Q K^T of a warp's 16 rows, once more, where its scores are lost.
+__device__ __forceinline__ void multiply_again(float (&scores)[SCORES], const char* query, const char* key) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16, of_key = lane / 16 * 8 + lane % 8;
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; ++k)
-        multiply_values(num, weights + 4 * k, matrix(value + k * 16 * ROW_BYTES, KEYS * ROW_BYTES));
+    for (int i = 0; i < SCORES; ++i) scores[i] = 0.0f;
+    for (int product = PARTS == 2 ? 2 : 0; product >= 0; --product)
+#pragma unroll 1
+        for (int k = 0; k < 2 * KEY_PRODUCTS; k += 2) {  // of 8 columns, which lie swizzled
+            const char* a = query + (product == 2 ? QUERY_PART : 0) + k / 8 * ROWS * ROW_BYTES;
+            const char* b = key + (product == 1 ? KEY_PART : 0) + k / 8 * KEYS * ROW_BYTES;
+            const int of_a = ((k + lane / 16) ^ row) % 8 * 16, of_b = ((k + lane / 8 % 2) ^ of_key) % 8 * 16;
+#pragma unroll
+            for (int i = 0; i < KEYS / 16; ++i)
+                multiply_by_warp(scores + 8 * i, address(a + row * ROW_BYTES) + of_a,
+                                 address(b + (16 * i + of_key) * ROW_BYTES) + of_b);
+        }
+}
+
+struct Weights {
+    unsigned parts[WEIGHT_PARTS][SCORES / 2];
+
+    __device__ __forceinline__ void narrow_from(const float (&scores)[SCORES]) {
+#pragma unroll
+        for (int i = 0; i < SCORES / 2; ++i) {
+            const float low = scores[2 * i], high = scores[2 * i + 1];
+            parts[0][i] = narrow(low, high);
+            if (WEIGHT_PARTS == 1) continue;
+            const float2 first = widen(parts[0][i]);
+            parts[WEIGHT_PARTS - 1][i] = narrow(low - first.x, high - first.y);
+        }
+    }
+    __device__ __forceinline__ void hold_all() {
+#pragma unroll
+        for (int part = 0; part < WEIGHT_PARTS; ++part) hold(parts[part]);
+    }
+};
+
+// Issue num = P V, added to num if `add` says so; small parts first.
+__device__ __forceinline__ void begin_values(float (&num)[SUMS], const Weights& weights, Word value, bool add) {
+#pragma unroll
+    for (int product = PARTS + WEIGHT_PARTS - 2; product >= 0; --product)
+#pragma unroll
+        for (int k = 0; k < KEYS / 16; ++k) {
+            const unsigned* a = weights.parts[product == 1 ? WEIGHT_PARTS - 1 : 0] + 4 * k;
+            const Word b = further(value, (product == 2 ? VALUE_PART : 0) + k * 16 * ROW_BYTES);
+            multiply_columns(num, a, b, add || k > 0 || product != PARTS + WEIGHT_PARTS - 2);
+        }
     commit_products();
 }
 
@@ -148,89 +201,10 @@ __device__ __forceinline__ void scale_rows(float (&num)[SUMS], const float (&fac
 __device__ void clear_values(char* value, int live, int barrier) {
     for (int at = live * ROW_BYTES + threadIdx.x % 128 * 16; at < KEYS * ROW_BYTES; at += 128 * 16)
 #pragma unroll
-        for (int panel = 0; panel < VALUE_PANELS; ++panel)
+        for (int panel = 0; panel < PARTS * VALUE_PANELS; ++panel)
             *reinterpret_cast<uint4*>(value + panel * KEYS * ROW_BYTES + at) = {0, 0, 0, 0};
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     named_wait(barrier, 128);
-}
-
-#endif
-
-__device__ __forceinline__ int acquire(const int* count) {
-    int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
-    return value;
-}
-
-#if SPLIT
-
-// Write what an item summed: `state` has the results of a span where others have those of a head.
-__device__ void write_state(
-    const State& state, const Call& call, const Item& item, int first_row, const float (&num)[SUMS], Softmax& softmax) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const long long row = first_row + 8 * i;
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 1);
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 2);
-        if (row >= call.rows) continue;
-        float* own = state.num + item.turn * state.num_head + row * state.num_row + threadIdx.x % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < SUMS / 4; ++j) {
-            if (8 * j >= VALUE_DIM) break;
-            *reinterpret_cast<float2*>(own + 8 * j) = {num[4 * j + 2 * i], num[4 * j + 2 * i + 1]};
-        }
-        if (threadIdx.x % 4 == 0) {
-            state.max[item.turn * state.max_head + row * state.max_row] = softmax.shift[i] * LN2;
-            state.den[item.turn * state.den_head + row * state.den_row] = softmax.den[i];
-        }
-    }
-}
-
-#else
-
-// Add what an item summed to the state, after the spans of its tile before it.
-__device__ void add_to_state(
-    const State& state, const Call& call, const Item& item, int first_row, const float (&num)[SUMS], Softmax& softmax) {
-    const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128, barrier = 1 + CONSUMERS + consumer;
-    int* turn = call.turns + (item.head * tiles_of(call) + item.tile) * CONSUMERS + consumer;
-    if (item.turn > 0) {
-        if (thread == 0)
-            while (acquire(turn) != item.turn) __nanosleep(100);
-        named_wait(barrier, 128);
-    }
-    float before[2], sum[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const long long row = first_row + 8 * i;
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 1);
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 2);
-        before[i] = row < call.rows ? state.max[item.head * state.max_head + row * state.max_row] : 0.0f;
-        sum[i] = row < call.rows ? state.den[item.head * state.den_head + row * state.den_row] : 0.0f;
-    }
-    __syncwarp();  // all have read what one overwrites
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const long long row = first_row + 8 * i;
-        if (row >= call.rows) continue;
-        const float shift = softmax.shift[i] * LN2;
-        const float highest = before[i] != before[i] ? before[i] : fmaxf(before[i], shift);  // NaN stays NaN
-        const float less = highest == MINUS_INFINITY ? 0.0f : highest;                       // -inf: a row with no key
-        const float keep = expf(before[i] - less), take = expf(shift - less);
-        float* own = state.num + item.head * state.num_head + row * state.num_row + thread % 4 * 2;
-#pragma unroll
-        for (int j = 0; j < SUMS / 4; ++j) {
-            if (8 * j >= VALUE_DIM) break;
-            float2* two = reinterpret_cast<float2*>(own + 8 * j);
-            const float2 old = *two;
-            *two = {old.x * keep + num[4 * j + 2 * i] * take, old.y * keep + num[4 * j + 2 * i + 1] * take};
-        }
-        if (thread % 4 == 0) {
-            state.max[item.head * state.max_head + row * state.max_row] = highest;
-            state.den[item.head * state.den_head + row * state.den_row] = sum[i] * keep + softmax.den[i] * take;
-        }
-    }
-    named_wait(barrier, 128);  // what all have written is released by one
-    if (thread == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn), "r"(item.turn + 1) : "memory");
 }
 
 #endif
@@ -240,12 +214,71 @@ __device__ __forceinline__ int first_row_of(const Item& item) {
     return item.tile * ROWS + (threadIdx.x / 32 - 4) * 16 + threadIdx.x % 32 / 4;
 }
 
+// What the matrix units sum, and what is summed of that in float32.
+struct Sums {
+    float num[SUMS];
+#if RESTART
+    float total[SUMS];
+    int chained = 0;  // steps in num
+
+    __device__ __forceinline__ float (&all())[SUMS] { return total; }
+    __device__ __forceinline__ bool adds() const { return RESTART > 1 && chained > 0; }
+#else
+    float kept[2] = {1.0f, 1.0f};  // by how much what is folded counts less by now
+
+    __device__ __forceinline__ float (&all())[SUMS] { return num; }
+    __device__ __forceinline__ static bool adds() { return true; }
+#endif
+
+    __device__ __forceinline__ Sums() { clear(all()); }
+
+    __device__ __forceinline__ static void clear(float (&sums)[SUMS]) {
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) sums[i] = 0.0f;
+    }
+
+    // So many steps are summed; the last one of an item, maybe.
+    __device__ __forceinline__ void fold(int steps, bool last, Shared& shared) {
+#if RESTART
+        if (++chained < RESTART && !last) return;
+        chained = 0;
+#pragma unroll
+        for (int i = 0; i < SUMS; ++i) total[i] += num[i];
+#elif FOLD
+        if (last ? steps <= FOLD : steps % FOLD > 0) return;
+#pragma unroll
+        for (int i = 0; i < SUMS / 4; ++i) {
+            float4& own = shared.totals[i][threadIdx.x - 128];
+            const float4 before = steps == FOLD ? float4{} : own;
+            num[4 * i] += before.x * kept[0];
+            num[4 * i + 1] += before.y * kept[0];
+            num[4 * i + 2] += before.z * kept[1];
+            num[4 * i + 3] += before.w * kept[1];
+            if (!last) own = {num[4 * i], num[4 * i + 1], num[4 * i + 2], num[4 * i + 3]};
+        }
+        if (!last) clear(num);
+        kept[0] = kept[1] = 1.0f;
+#endif
+    }
+
+    __device__ __forceinline__ void scale(const float (&factor)[2]) {
+        scale_rows(all(), factor);
+#if RESTART
+        if (RESTART > 1) scale_rows(num, factor);
+#elif FOLD
+        kept[0] *= factor[0];
+        kept[1] *= factor[1];
+#endif
+    }
+};
+
 __device__ void consume(Shared& shared, const Call& call, const State& state) {
-    const int consumer = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    const int consumer = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0), thread = threadIdx.x % 128;
     const bool elected = thread == 0;
-    const char* query = shared.query + consumer * 64 * 128;
+    const float scale = PARTS == 2 ? call.scale * call.unscaled[0] : call.scale;
+    const Word query = matrix(shared.query + consumer * 64 * ROW_BYTES, 16);
+    const Word first_key = matrix(shared.key[0], 16), first_value = matrix(shared.value[0], KEYS * ROW_BYTES);
     Ring keys, values;
-    if (RING && consumer == CONSUMERS - 1) named_arrive(1, 256);  // the first consumer begins
     for (int phase = 0;; phase ^= 1) {
         wait(&shared.query_full, phase);
 #if LISTED
@@ -265,98 +298,103 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         const int whole_stop = key_stop(call, item.tile * ROWS + consumer * 64) - item.first;
 #endif
         const int steps = item.steps;
-        float num[SUMS], scores[SCORES], factor[2];
-        unsigned weights[SCORES / 2];
+        float scores[SCORES], factor[2];
+        Weights weights;
+        Sums sums;
         Softmax softmax;
-#pragma unroll
-        for (int i = 0; i < SUMS; ++i) num[i] = 0.0f;
 
-        auto weigh = [&](int step, int slot) {
+        auto weigh = [&](int step, bool first) {
 #if LISTED
-            const int key = shared.steps[slot].first, live = shared.steps[slot].live;
+            const int slot = keys.slot(), key = shared.steps[slot].first, live = shared.steps[slot].live;
+            const bool masked = live != WHOLE && !is_whole(whole, key);
 #else
             const int key = item.key(step);
+            const bool masked = step * KEYS < whole_start || (step + 1) * KEYS > whole_stop;
 #endif
+            if (PLAIN && !first && !masked) {  // in nearly all steps the shift does, and no maximum is needed
+                if (softmax.keep_shift(scores, scale)) return false;
+                multiply_again(scores, shared.query + consumer * 64 * ROW_BYTES, shared.key[keys.stage()]);
+            }
 #if !PLAIN
-            add_terms(scores, call, item.head, first_row, key);
+            add_terms(scores, call, scale, item.head, first_row, key);
 #endif
+            if (masked) {
 #if LISTED
-            if (live != WHOLE && !is_whole(whole, key)) {
                 mask_row<0>(scores, call.bounds[first_row], key);
                 mask_row<1>(scores, call.bounds[first_row + 8], key);
-            }
 #else
-            if (step * KEYS < whole_start || (step + 1) * KEYS > whole_stop) {
                 const int start[2] = {key_start(call, first_row) - key, key_start(call, first_row + 8) - key};
                 const int stop[2] = {key_stop(call, first_row) - key, key_stop(call, first_row + 8) - key};
                 mask(scores, start, stop);
-            }
 #endif
-            return softmax.weigh(scores, PLAIN ? call.scale : 1.0f, factor);
+            }
+            return softmax.find_shift(scores, PLAIN ? scale : 1.0f, factor);
         };
-        auto loaded_values = [&] {
-            char* value = shared.value[values.stage()];
+        auto begin_step = [&] {
+            hold(scores);
+            begin_products();
+            begin_scores(scores, query, further(first_key, keys.stage() * KEY_BYTES));
+        };
+        auto begin_sums = [&] {
             wait(&shared.value_full[values.stage()], values.phase());
 #if LISTED
             const int live = shared.steps[values.slot()].live;
-            if (live < KEYS) clear_values(value, live, 1 + CONSUMERS + consumer);
+            if (live < KEYS) clear_values(shared.value[values.stage()], live, 1 + consumer);
 #endif
-            return value;
+            begin_values(sums.num, weights, further(first_value, values.stage() * VALUE_BYTES), sums.adds());
         };
-        auto release_key = [&](int step) {
-            const int slot = keys.slot();
-            if (elected) arrive(&shared.key_free[keys.stage()]);
+        auto end_sums = [&] {
+            wait_for_products<0>();
+            hold(sums.num);
+            weights.hold_all();
+            if (elected) arrive(&shared.value_free[values.stage()]);
+            values.advance();
+        };
+        auto release_key = [&](int step) {  // by each warp, which may have multiplied again
+            if (thread % 32 == 0) arrive(&shared.key_free[keys.stage()]);
             if (step == steps - 1) arrive(&shared.query_free);
             keys.advance();
-            return slot;
-        };
-        auto narrow_weights = [&] {
-#pragma unroll
-            for (int i = 0; i < SCORES / 2; ++i) weights[i] = narrow(scores[2 * i], scores[2 * i + 1]);
         };
 
         wait(&shared.key_full[keys.stage()], keys.phase());
-        hold(scores);
-        begin_products();
-        begin_scores(scores, query, shared.key[keys.stage()]);
+        begin_step();
         wait_for_products<0>();
         hold(scores);
-        weigh(0, release_key(0));
-        narrow_weights();
+        weigh(0, true);
+        release_key(0);
+        weights.narrow_from(scores);
         for (int step = 1; step < steps; ++step) {
             wait(&shared.key_full[keys.stage()], keys.phase());
-            if (RING) named_wait(1 + consumer, 256);
-            hold(scores);
-            hold(num);
-            hold(weights);
-            begin_products();
-            begin_scores(scores, query, shared.key[keys.stage()]);
-            begin_values(num, weights, loaded_values());
-            if (RING) named_arrive(1 + (consumer + 1) % CONSUMERS, 256);
+            hold(sums.num);
+            weights.hold_all();
+            begin_step();
+            begin_sums();
             wait_for_products<1>();
             hold(scores);
-            const bool raised = weigh(step, release_key(step));
-            wait_for_products<0>();
-            hold(num);
-            hold(weights);
-            if (elected) arrive(&shared.value_free[values.stage()]);
-            values.advance();
-            if (raised) scale_rows(num, factor);
-            narrow_weights();
+            const bool raised = weigh(step, false);
+            release_key(step);
+            end_sums();
+            if (raised) sums.scale(factor);
+            sums.fold(step, false, shared);
+            weights.narrow_from(scores);
         }
-        const char* value = loaded_values();
-        hold(num);
-        hold(weights);
+        hold(sums.num);
+        weights.hold_all();
         begin_products();
-        begin_values(num, weights, value);
-        wait_for_products<0>();
-        hold(num);
-        if (elected) arrive(&shared.value_free[values.stage()]);
-        values.advance();
+        begin_sums();
+#if !SPLIT
+        const Before before = load_before(state, call, item, first_row);  // while the products are on their way
+#endif
+        end_sums();
+        sums.fold(steps, true, shared);
+        float (&num)[SUMS] = sums.all();
+        if (PARTS == 2)
+#pragma unroll
+            for (int i = 0; i < SUMS; ++i) num[i] *= call.unscaled[1];
 #if SPLIT
         write_state(state, call, item, first_row, num, softmax);
 #else
-        add_to_state(state, call, item, first_row, num, softmax);
+        add_to_state(state, call, item, first_row, num, softmax, before);
 #endif
     }
 }
@@ -375,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attend(
         for (int stage = 0; stage < STAGES; ++stage) {
             begin_barrier(&shared.key_full[stage], 1);
             begin_barrier(&shared.value_full[stage], 1);
-            begin_barrier(&shared.key_free[stage], CONSUMERS);
+            begin_barrier(&shared.key_free[stage], 4 * CONSUMERS);
             begin_barrier(&shared.value_free[stage], CONSUMERS);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -14,6 +14,7 @@ import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
 from oocattn.kernels.cuda.items import scratch_sizes
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, tuning_for
 from oocattn.kernels.kernel import HALF_DTYPES, Kernel, Operands, unsupported_dtype
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
@@ -21,15 +22,23 @@ from oocattn.problem.scores import Scores
 
 logger = logging.getLogger("oocattn")
 
-_MOST_HEAD_DIM = 128
+_DTYPES = (*HALF_DTYPES, "float32")
 
 
 class HopperKernel(Kernel):
-    """Our own CUDA C++, compiled when it is first needed: the first question about support makes a tiny call."""
+    """Our own CUDA C++, compiled when it is first needed: the first question about support makes a tiny call.
+
+    Numbers and weights of float32 operands are two float16 parts each: as exact as float32 products that are not truncated.
+    """
 
     name = "hopper"
     rounds_weights = True
     max_masked_keys = 1 << 18  # documents at D = 64: 495 TFLOP/s, with 64K keys 450 (H200); spans have 16K keys all the same
+
+    @property
+    def precise(self) -> bool:
+        """Whether weights of 16-bit operands have two parts too."""
+        return not self.rounds_weights
 
     def attend(self, operands: Operands, state: AttentionState) -> None:
         """Launch what there is to do.
@@ -38,48 +47,57 @@ class HopperKernel(Kernel):
         for calls that it cannot count in 32 bits.
         """
         operands.check(state)
-        _check_limits(operands, state)
+        self._check_limits(operands, state)
         if operands.rows and operands.keys:
-            import_module("oocattn.kernels.cuda.launch").attend(operands, state)
+            import_module("oocattn.kernels.cuda.launch").attend(operands, state, precise=self.precise)
 
     def scratch_bytes(self, call: CallSize) -> int:
-        """The counters, bounds and items of a listed call, or the results of a split one; not the copies of odd tensors."""
-        return allocated_bytes(*scratch_sizes(call))
+        """Parts of float32 numbers, counters, bounds and items, results of a split call; not the copies of odd tensors."""
+        parts = 1 if call.dtype in HALF_DTYPES else 2
+        weight_parts = max(parts, 1 + self.precise)
+        dims, long = (call.head_dim, call.value_dim), call.keys > FOLDED_KEYS
+        tuning = tuning_for(*dims, long=long, plain=call.plain, parts=parts, weight_parts=weight_parts)
+        return allocated_bytes(*scratch_sizes(call, tuning))
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
-        reason = hopper_reason(device) or _operands_reason(dtype, head_dim, value_dim)
+        reason = hopper_reason(device) or self._operands_reason(dtype, head_dim, value_dim)
         return reason or self._refusal(device, dtype, head_dim, value_dim)
 
-    @staticmethod
+    def _operands_reason(self, dtype: str, head_dim: int, value_dim: int) -> str:
+        """The reason why rows of `dtype`, D = head_dim and Dv = value_dim cannot be read; "" if they can."""
+        most = MOST_COLUMNS[1 if dtype in HALF_DTYPES and not self.precise else 2]
+        fits = all(dim % 8 == 0 and dim <= most for dim in (head_dim, value_dim))
+        reason = unsupported_dtype(dtype, _DTYPES)
+        return reason or ("" if fits else f"D and Dv of {dtype} must be multiples of 8, {most} at most")
+
+    def _check_limits(self, operands: Operands, state: AttentionState) -> None:
+        """Raise ValueError for operands that the kernel would misread, and odd states."""
+        dtype = str(operands.query.dtype).removeprefix("torch.")
+        reason = self._operands_reason(dtype, operands.query.shape[-1], operands.value.shape[-1])
+        if reason:
+            raise ValueError(reason)
+        if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
+            raise ValueError("num of the state must lie at multiples of 8 bytes")
+
+    @classmethod
     @cache
-    def _refusal(device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
+    def _refusal(cls, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why it does not compile or load here; "" if it does."""
         key, value = (torch.zeros(1, dim, dtype=getattr(torch, dtype), device=device) for dim in (head_dim, value_dim))
         try:
             state = AttentionState.empty(1, 1, value_dim, device)
-            HopperKernel().attend(Operands(key.unsqueeze(0), key, value, Scores(1.0)), state)
+            cls().attend(Operands(key.unsqueeze(0), key, value, Scores(1.0)), state)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
             reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
-            logger.warning("the kernel hopper is not available (%s); a library's kernel is used in its place", reason)
+            logger.warning("the kernel %s is not available (%s); a library's kernel is used in its place", cls.name, reason)
             return reason
         return ""
 
 
-def _operands_reason(dtype: str, head_dim: int, value_dim: int) -> str:
-    """The reason why rows of `dtype`, D = head_dim and Dv = value_dim cannot be read; "" if they can."""
-    fits = all(dim % 8 == 0 and dim <= _MOST_HEAD_DIM for dim in (head_dim, value_dim))
-    reason = unsupported_dtype(dtype, HALF_DTYPES)
-    return reason or ("" if fits else f"D and Dv must be multiples of 8, {_MOST_HEAD_DIM} at most")
+class HopperPreciseKernel(HopperKernel):
+    """The same with weights in two parts, and sums of the matrix units added up in float32 every 256 keys."""
 
-
-def _check_limits(operands: Operands, state: AttentionState) -> None:
-    """Raise ValueError for operands that the kernel would misread, and odd states."""
-    dtype, dims = operands.query.dtype, (operands.query.shape[-1], operands.value.shape[-1])
-    if _operands_reason(str(dtype).removeprefix("torch."), *dims):
-        raise ValueError(
-            f"{dtype} with D = {dims[0]}, Dv = {dims[1]}: expected {' or '.join(HALF_DTYPES)}, multiples of 8 up to 128"
-        )
-    if state.num.data_ptr() % 8 or any(stride % 2 for stride in state.num.stride()[:-1]):
-        raise ValueError("num of the state must lie at multiples of 8 bytes")
+    name = "hopper-precise"
+    rounds_weights = False

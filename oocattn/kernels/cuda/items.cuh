@@ -1,7 +1,7 @@
 // What a call of hopper.cu has to do, cut into items: a tile of query rows of one head, and a span of the keys that they
 // attend.
 //
-// Compiled with CONSUMERS, ITEMS (of a block), MOST_SLOPES, LISTED (0 or 1: whether bounds.cu has listed the items, for rows
+// Compiled with CONSUMERS, KEYS (of one step), ITEMS (of a block), MOST_SLOPES, LISTED (0 or 1: whether bounds.cu has listed the items, for rows
 // with bounds of their own, or they follow from a band) and SPLIT (0 or 1: whether each span of a tile has a result of its
 // own, which merge.cu merges).
 
@@ -9,7 +9,6 @@
 
 #include "pieces.cuh"
 
-constexpr int KEYS = 128;  // of one step
 constexpr int ROWS = 64 * CONSUMERS;
 
 // The keys that any row of a tile attends: [low, hole) and [resume, high), all of which are walked.
@@ -46,6 +45,7 @@ struct Call {
     const Intervals<int>* bounds;    // of each row, and of those that fill the last tile
     const int* positions;            // of each row: the key from which distances are counted
     const float* bias;               // of each key
+    const float* unscaled;           // of rows in parts: factors that bring back products, and values
     long long bias_head;             // from one head's to the next
     float slopes[MOST_SLOPES];       // of each head, times -log2(e)
 };

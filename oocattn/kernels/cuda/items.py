@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 from functools import lru_cache
 
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Tuning
 from oocattn.kernels.intervals import Band
 from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div, round_up
 
-PANEL = 64  # columns that are loaded at a time
-ROWS_OF_CONSUMER = 64  # of a tile, for each group of warps that multiplies
-KEYS_OF_STEP = 128  # `KEYS` of items.cuh
-MOST_SPAN = 16_384  # keys of one accumulation: its error is a third of the weights' (NOTES.md)
+MOST_FOLDED_SPAN = 65_536  # keys of an item whose sums are folded
 PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
 ITEMS = 4  # items of a block; then it ends, and small kernels of other streams get in
+PART_NUMBERS = 5  # of float32 operands: the largest numbers of three tensors, two factors
 COUNTERS = 3  # of a listed call: the next item, tiles that are listed, items that are
 FEWEST_STEPS = 16  # of an item of a listed call that is cut
 _ITEM_STEPS = 3  # cost of an item beside its steps, in steps: fill the pipeline, add the state
@@ -27,46 +25,27 @@ _SPLIT_ROWS, _SPLIT_TILES = 256, 8  # rows of a head, and tiles of all heads, up
 _FEWEST_SPLIT_KEYS = 4096
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """The cut of the program for one number of value columns."""
-
-    consumers: int
-    stages: int
-    ring: bool
-
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return ROWS_OF_CONSUMER * self.consumers
-
-
-def tuning_for(value_dim: int, *, plain: bool) -> Tuning:
-    """The tuning for values of so many columns; terms of a score need the registers of a third consumer."""
-    three = value_dim <= PANEL and plain
-    return Tuning(consumers=3, stages=2, ring=True) if three else Tuning(consumers=2, stages=2, ring=False)
-
-
 @lru_cache(4096)
-def choose_span(group_size: int, rows: int, keys: int, band: Band, tile: int) -> int:
-    """Keys of a span, 16K at most; of few items, the span with which they fill the multiprocessors best."""
-    fewest, tiles = ceil_div(keys, MOST_SPAN), group_size * ceil_div(rows, tile)
+def choose_span(group_size: int, rows: int, keys: int, band: Band, tuning: Tuning) -> int:
+    """Keys of a span; of few items, the span with which they fill the multiprocessors best."""
+    fewest, tiles = ceil_div(keys, most_steps(tuning) * tuning.keys), group_size * ceil_div(rows, tuning.rows)
     times: dict[int, int] = {}
     for spans in range(fewest, fewest + _CHOICES):
-        span = round_up(ceil_div(keys, spans), KEYS_OF_STEP)
+        span = round_up(ceil_div(keys, spans), tuning.keys)
         if tiles * spans > _MANY_ITEMS * PROCESSORS:
             return min(times, key=times.__getitem__, default=span)
-        times[span] = _makespan(steps_of_items(group_size, rows, keys, band, tile, span))
+        times[span] = _makespan(steps_of_items(group_size, rows, keys, band, tuning, span))
     return min(times, key=times.__getitem__)
 
 
-def steps_of_items(group_size: int, rows: int, keys: int, band: Band, tile: int, span: int) -> list[int]:
+def steps_of_items(group_size: int, rows: int, keys: int, band: Band, tuning: Tuning, span: int) -> list[int]:
     """Steps of the items of a call, in the order in which hopper.cu takes them."""
+    tile, step = tuning.rows, tuning.keys
     attended = [  # by the rows of each tile
         (max(0, row + band.lower), min(keys, min(rows, row + tile) - 1 + band.upper)) for row in range(0, rows, tile)
     ]
     return [
-        ceil_div(min(first + span, stop) - max(first, start - start % KEYS_OF_STEP), KEYS_OF_STEP)
+        ceil_div(min(first + span, stop) - max(first, start - start % step), step)
         for first in range(0, keys, span)
         for start, stop in reversed(attended)
         if start < min(first + span, keys) and stop > first
@@ -82,36 +61,49 @@ def _makespan(items: list[int]) -> int:
     return max(free)
 
 
-def most_listed(group_size: int, rows: int, keys: int, tile: int) -> int:
-    """The most items of a head that bounds.cu lists."""
-    tiles = ceil_div(rows, tile)
-    full = tiles * (ceil_div(keys, KEYS_OF_STEP) + 1) * KEYS_OF_STEP // MOST_SPAN
+def most_steps(tuning: Tuning) -> int:
+    """Steps of an item."""
+    return (MOST_FOLDED_SPAN if tuning.folds else FOLDED_KEYS) // tuning.keys
+
+
+def most_listed(group_size: int, rows: int, keys: int, tuning: Tuning) -> int:
+    """The most items of a head that bounds.cu lists for a call of so many keys or fewer."""
+    tiles = ceil_div(rows, tuning.rows)
+    full = tiles * (ceil_div(keys, tuning.keys) + 1) // (FOLDED_KEYS // tuning.keys)
     return tiles + max(full, 2 * PROCESSORS // group_size) + 1
 
 
-def is_split(group_size: int, rows: int, keys: int, tile: int) -> bool:
+def is_split(group_size: int, rows: int, keys: int, tuning: Tuning) -> bool:
     """Whether a full call has too few rows to fill the GPU, so that each span has a result of its own, merged afterwards."""
-    return rows <= _SPLIT_ROWS and ceil_div(group_size * rows, tile) <= _SPLIT_TILES and keys >= _FEWEST_SPLIT_KEYS
+    tiles = ceil_div(group_size * rows, tuning.rows)
+    return rows <= _SPLIT_ROWS and tiles <= _SPLIT_TILES and keys >= _FEWEST_SPLIT_KEYS
 
 
-def split_span(rows: int, keys: int, tile: int) -> int:
+def split_span(rows: int, keys: int, tuning: Tuning) -> int:
     """Keys of a span of a split call, with `rows` of all heads: so many that each multiprocessor has one item."""
-    spans = max(PROCESSORS // ceil_div(rows, tile), ceil_div(keys, MOST_SPAN))
-    return round_up(ceil_div(keys, spans), KEYS_OF_STEP)
+    spans = max(PROCESSORS // ceil_div(rows, tuning.rows), ceil_div(keys, most_steps(tuning) * tuning.keys))
+    return round_up(ceil_div(keys, spans), tuning.keys)
 
 
-def scratch_sizes(call: CallSize) -> tuple[int, ...]:
-    """Bytes of the tensors that a call, or a smaller one, allocates: counters, results of spans, listed items."""
-    tuning = tuning_for(call.value_dim, plain=call.plain)
+def _part_bytes(group_size: int, rows: int, keys: int, head_dim: int, value_dim: int) -> tuple[int, ...]:
+    """Bytes of the tensors that `in_parts` of parts.py allocates."""
+    widths = round_up(head_dim, PANEL), round_up(value_dim, PANEL)
+    return 4 * PART_NUMBERS, 4 * group_size * rows * widths[0], *(4 * keys * width for width in widths)
+
+
+def scratch_sizes(call: CallSize, tuning: Tuning) -> tuple[int, ...]:
+    """Bytes of the tensors that a call, or a smaller one, allocates: parts, counters, results of spans, listed items."""
     heads, tile = call.group_size, tuning.rows
     tiles = ceil_div(call.rows, tile)
     sizes = [4 * (COUNTERS + heads * tiles * tuning.consumers)]
+    if tuning.parts == 2:
+        sizes += _part_bytes(heads, call.rows, call.keys, call.head_dim, call.value_dim)
     if call.keys >= _FEWEST_SPLIT_KEYS:
         rows = min(heads * min(call.rows, _SPLIT_ROWS), _SPLIT_TILES * tile)
-        results = min(PROCESSORS * tile, ceil_div(call.keys, KEYS_OF_STEP) * rows)
-        sizes += [4 * results * (call.value_dim + 2), 2 * rows * call.head_dim]
+        results = min(PROCESSORS * tile, ceil_div(call.keys, tuning.keys) * rows)
+        sizes += [4 * results * (call.value_dim + 2), 2 * tuning.parts * rows * round_up(call.head_dim, PANEL)]
     if call.masked or not call.plain:
-        items = most_listed(heads, call.rows, min(call.keys, MOST_LISTED_KEYS), tile)
+        items = most_listed(heads, call.rows, min(call.keys, MOST_LISTED_KEYS), tuning)
         sizes.append(4 * (4 + (not call.plain)) * tiles * tile + 16 * (2 * tiles + items))
     if not call.plain:
         sizes += [8 * heads * call.rows] * 5  # of rows that lie far away

@@ -19,25 +19,16 @@ import torch
 from cuda.bindings import driver
 
 from oocattn.kernels.cuda.far import brought_near, continued_far_away
-from oocattn.kernels.cuda.items import (
-    ITEMS,
-    KEYS_OF_STEP,
-    MOST_LISTED_KEYS,
-    MOST_SPLIT_KEYS,
-    PANEL,
-    Tuning,
-    choose_span,
-    is_split,
-    split_span,
-    tuning_for,
-)
+from oocattn.kernels.cuda.items import ITEMS, MOST_LISTED_KEYS, MOST_SPLIT_KEYS, choose_span, is_split, split_span
 from oocattn.kernels.cuda.listing import MOST_PIECES, list_items
 from oocattn.kernels.cuda.merging import State, gather, row_strides, state_of
+from oocattn.kernels.cuda.parts import in_parts
 from oocattn.kernels.cuda.program import Program, checked
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Tuning, tuning_for
 from oocattn.kernels.intervals import Band
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.state import AttentionState
-from oocattn.units import ceil_div, round_up
+from oocattn.units import ceil_div
 
 MOST_ROWS = (1 << 31) - (1 << 15)  # rows, keys and items of a call: the kernel counts them in 32 bits
 _LISTED_OF_TILE = 2  # items of a tile that blocks are launched for, in a listed call
@@ -54,7 +45,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_int) for name in ("heads", "rows", "keys", "span", "lower", "upper")],
         *[(name, ctypes.c_float) for name in ("scale", "cap")],
-        *[(name, ctypes.c_void_p) for name in (*_ADDRESSES, "bias")],
+        *[(name, ctypes.c_void_p) for name in (*_ADDRESSES, "bias", "unscaled")],
         ("bias_head", ctypes.c_longlong),
         ("slopes", ctypes.c_float * MOST_SLOPES),
     )
@@ -66,6 +57,8 @@ class Variant(NamedTuple):
     head_dim: int
     value_dim: int
     dtype: torch.dtype
+    precise: bool = False
+    long: bool = False
     listed: bool = False
     split: bool = False
     softcap: bool = False
@@ -75,13 +68,23 @@ class Variant(NamedTuple):
     @property
     def tuning(self) -> Tuning:
         """The cut of the program."""
-        return tuning_for(self.value_dim, plain=not (self.softcap or self.slopes or self.bias))
+        parts = 2 if self.dtype == torch.float32 else 1
+        plain = not (self.softcap or self.slopes or self.bias)
+        return tuning_for(
+            self.head_dim,
+            self.value_dim,
+            long=self.long,
+            plain=plain,
+            parts=parts,
+            weight_parts=max(parts, 1 + self.precise),
+        )
 
 
-def attend(operands: Operands, state: AttentionState) -> None:
+def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
     """Add attention to `state`, in place; see `Kernel.attend`.
 
-    float16 or bfloat16, D and Dv multiples of 8 up to 128; n and m are not 0.
+    float16, bfloat16 or float32, D and Dv multiples of 8 up to `MOST_COLUMNS`; n and m are not 0. `precise` keeps two parts
+    of a weight of 16-bit rows.
     """
     given = (operands.query, operands.key, operands.value)
     query, key, value = map(_aligned, given)
@@ -89,53 +92,58 @@ def attend(operands: Operands, state: AttentionState) -> None:
         operands = Operands(query, key, value, operands.scores, operands.intervals, operands.slopes, operands.key_bias)
     cap = operands.scores.softcap
     terms = (cap is not None and cap < _NO_CAP, operands.slopes is not None, operands.key_bias is not None)
-    variant = Variant(query.shape[-1], value.shape[-1], query.dtype, False, False, *terms)
-    band = operands.band
+    long = operands.keys > FOLDED_KEYS
+    variant = Variant(query.shape[-1], value.shape[-1], query.dtype, precise, long, False, False, *terms)
+    band, unscaled = operands.band, None
+    if query.dtype == torch.float32:
+        operands, unscaled = in_parts(operands)
     windowed = band is not None and not band.is_open_below(operands.rows)
     if band is None or windowed or variant.slopes:
         for part, own in _parts(operands, state):
-            _attend_listed(variant._replace(listed=True), part, own)
+            _attend_listed(variant._replace(listed=True), part, own, unscaled)
     elif band.lower < band.upper:
         rows, keys = operands.rows, operands.keys
         full = band.is_open_below(rows) and band.upper >= keys
         one_bias = operands.key_bias is None or len(operands.key_bias) == 1
-        if full and one_bias and is_split(len(query), rows, keys, variant.tuning.rows):
-            _attend_split(variant._replace(split=True), operands, state)
+        if full and one_bias and is_split(len(query), rows, keys, variant.tuning):
+            _attend_split(variant._replace(split=True), operands, state, unscaled)
         else:
-            _attend_band(variant, operands, state, band)
+            _attend_band(variant, operands, state, unscaled, band)
 
 
-def _attend_band(variant: Variant, operands: Operands, state: AttentionState, band: Band) -> None:
+def _attend_band(
+    variant: Variant, operands: Operands, state: AttentionState, unscaled: torch.Tensor | None, band: Band
+) -> None:
     """Launch once for the keys of a band."""
     (group_size, rows, _), keys, tuning = operands.query.shape, operands.keys, variant.tuning
     band = Band(*(max(-rows, min(bound, keys)) for bound in band))  # more is the same
-    span = choose_span(group_size, rows, keys, band, tuning.rows)
+    span = choose_span(group_size, rows, keys, band, tuning)
     tiles = group_size * ceil_div(rows, tuning.rows)
     counters, items = 1 + tiles * tuning.consumers, tiles * ceil_div(keys, span)  # fewer where some attend nothing
     _check_count(operands, counters, items)
     turns = torch.zeros(counters, dtype=torch.int32, device=operands.query.device)
     addresses = (turns.data_ptr(), turns.data_ptr() + 4)
-    _launch(variant, operands, state_of(state), items, _call(variant, operands, (span, *band), addresses))
+    _launch(variant, operands, state_of(state), items, _call(variant, operands, unscaled, (span, *band), addresses))
 
 
-def _attend_listed(variant: Variant, operands: Operands, state: AttentionState) -> None:
+def _attend_listed(variant: Variant, operands: Operands, state: AttentionState, unscaled: torch.Tensor | None) -> None:
     """List the items on the GPU, then launch."""
     assert operands.intervals is not None
-    query, consumers = operands.query, variant.tuning.consumers
+    query = operands.query
     intervals = operands.intervals
     continued: AbstractContextManager[None] = nullcontext()
     if operands.slopes is not None:
         intervals, distance = brought_near(intervals)
         continued = continued_far_away(state, operands.slopes, distance)
-    listed = list_items(len(query), intervals, consumers, query.device, positions=variant.slopes)
+    listed = list_items(len(query), intervals, variant.tuning, query.device, positions=variant.slopes)
     items = _LISTED_OF_TILE * listed.layout.tiles * len(query)
     _check_count(operands, listed.layout.counters, listed.layout.most_items * len(query))
-    call = _call(variant, operands, (ceil_div(items, ITEMS), 0, 0), listed.addresses)
+    call = _call(variant, operands, unscaled, (ceil_div(items, ITEMS), 0, 0), listed.addresses)
     with continued:
         _launch(variant, operands, state_of(state), items, call)
 
 
-def _attend_split(variant: Variant, operands: Operands, state: AttentionState) -> None:
+def _attend_split(variant: Variant, operands: Operands, state: AttentionState, unscaled: torch.Tensor | None) -> None:
     """Have each span of the keys attended by itself, by the rows of all heads, and merge what they give."""
     group_size, rows, head_dim = operands.query.shape
     packed = operands.query.reshape(1, group_size * rows, head_dim)
@@ -143,12 +151,13 @@ def _attend_split(variant: Variant, operands: Operands, state: AttentionState) -
         part = slice(first, first + MOST_SPLIT_KEYS)
         bias = None if operands.key_bias is None else operands.key_bias[:, part]
         own = Operands(packed, operands.key[part], operands.value[part], operands.scores, key_bias=bias)
-        span = split_span(own.rows, own.keys, variant.tuning.rows)
+        span = split_span(own.rows, own.keys, variant.tuning)
         spans = ceil_div(own.keys, span)
         results = torch.empty(spans * own.rows * (variant.value_dim + 2), dtype=torch.float32, device=packed.device)
         of_spans = _state_of_spans(results.data_ptr(), spans, own.rows, variant.value_dim)
         items = spans * ceil_div(own.rows, variant.tuning.rows)
-        _launch(variant, own, of_spans, items, _call(variant, own, (span, -own.rows, own.keys), ()))
+        call = _call(variant, own, unscaled, (span, -own.rows, own.keys), ())
+        _launch(variant, own, of_spans, items, call)
         gather(state, of_spans, spans)
 
 
@@ -193,7 +202,13 @@ def _check_count(operands: Operands, *counts: int) -> None:
         )
 
 
-def _call(variant: Variant, operands: Operands, cut: tuple[int, int, int], addresses: Sequence[int]) -> _Call:
+def _call(
+    variant: Variant,
+    operands: Operands,
+    unscaled: torch.Tensor | None,
+    cut: tuple[int, int, int],
+    addresses: Sequence[int],
+) -> _Call:
     """The argument `Call`: its `cut` is span, lower and upper, the addresses those of `Listed`, as many as are used."""
     call = _Call(len(operands.query), operands.rows, operands.keys, *cut)
     scale = operands.scores.scale
@@ -202,6 +217,7 @@ def _call(variant: Variant, operands: Operands, cut: tuple[int, int, int], addre
         cap = operands.scores.softcap
         assert cap is not None
         call.scale, call.cap = min(scale / cap, _LARGEST), cap * _LOG2E
+    call.unscaled = None if unscaled is None else unscaled.data_ptr()
     for name, address in zip(_ADDRESSES, addresses, strict=False):
         setattr(call, name, address)
     if operands.key_bias is not None:
@@ -215,7 +231,7 @@ def _call(variant: Variant, operands: Operands, cut: tuple[int, int, int], addre
 def _launch(variant: Variant, operands: Operands, state: State, items: int, call: _Call) -> None:
     tuning, device = variant.tuning, operands.query.device
     keys, values = operands.key.unsqueeze(0), operands.value.unsqueeze(0)
-    maps = [_tensor_map(operands.query, tuning.rows), *(_tensor_map(tensor, KEYS_OF_STEP) for tensor in (keys, values))]
+    maps = [_tensor_map(operands.query, tuning.rows), *(_tensor_map(tensor, tuning.keys) for tensor in (keys, values))]
     # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
     blocks = items if variant.split else ceil_div(items, ITEMS) + _multiprocessors(device)
     threads, arguments = 128 * (tuning.consumers + 1), (*maps, state, call)
@@ -229,28 +245,30 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def program_for(variant: Variant) -> Program:
-    """Make hopper.cu for 16-bit rows, D and Dv multiples of 8 up to 128."""
+    """Make hopper.cu for a variant."""
     tuning = variant.tuning
-    widths = round_up(variant.head_dim, PANEL), round_up(variant.value_dim, PANEL)
-    shared = 2 * (widths[0] * tuning.rows + tuning.stages * KEYS_OF_STEP * sum(widths)) + 2048
     macros = {
         "HEAD_DIM": variant.head_dim,
         "VALUE_DIM": variant.value_dim,
         "CONSUMERS": tuning.consumers,
+        "KEYS": tuning.keys,
         "STAGES": tuning.stages,
-        "RING": int(tuning.ring),
+        "PARTS": tuning.parts,
+        "WEIGHT_PARTS": tuning.weight_parts,
+        "RESTART": tuning.restart,
+        "FOLD": tuning.fold,
         "ITEMS": ITEMS,
         "BFLOAT16": int(variant.dtype == torch.bfloat16),
         **{name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias")},
         "MOST_SLOPES": MOST_SLOPES,
-        "SHARED_BYTES": shared,
+        "SHARED_BYTES": tuning.shared_bytes,
     }
-    return Program("hopper.cu", macros, variant="a", shared_bytes=shared)
+    return Program("hopper.cu", macros, variant="a", shared_bytes=tuning.shared_bytes)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Copy the tensor if TMA cannot read it: addresses and strides of 16 bytes."""
-    odd = tensor.data_ptr() % 16 or any(stride % 8 for stride in tensor.stride()[:-1])
+    odd = tensor.data_ptr() % 16 or any(stride * tensor.itemsize % 16 for stride in tensor.stride()[:-1])
     return tensor.clone(memory_format=torch.contiguous_format) if odd else tensor
 
 

@@ -10,17 +10,10 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from oocattn.kernels.cuda.items import (
-    COUNTERS,
-    FEWEST_STEPS,
-    KEYS_OF_STEP,
-    MOST_SPAN,
-    PROCESSORS,
-    ROWS_OF_CONSUMER,
-    most_listed,
-)
+from oocattn.kernels.cuda.items import COUNTERS, FEWEST_STEPS, PROCESSORS, most_listed, most_steps
 from oocattn.kernels.cuda.pieces import cut, most_pieces
 from oocattn.kernels.cuda.program import Program
+from oocattn.kernels.cuda.tuning import Tuning
 from oocattn.kernels.intervals import Intervals
 from oocattn.units import ceil_div
 
@@ -43,33 +36,28 @@ class Layout:
     heads: int
     rows: int
     keys: int
-    consumers: int
+    tuning: Tuning
     positions: bool
-
-    @property
-    def tile(self) -> int:
-        """Rows of a tile."""
-        return ROWS_OF_CONSUMER * self.consumers
 
     @cached_property
     def tiles(self) -> int:
         """Tiles of a head."""
-        return ceil_div(self.rows, self.tile)
+        return ceil_div(self.rows, self.tuning.rows)
 
     @cached_property
     def most_items(self) -> int:
         """The most items of a head."""
-        return most_listed(self.heads, self.rows, self.keys, self.tile)
+        return most_listed(self.heads, self.rows, self.keys, self.tuning)
 
     @property
     def counters(self) -> int:
         """Numbers that are 0 at first."""
-        return COUNTERS + self.heads * self.tiles * self.consumers
+        return COUNTERS + self.heads * self.tiles * self.tuning.consumers
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Of the items, walks, wholes, bounds and positions."""
-        rows = self.tiles * self.tile
+        rows = self.tiles * self.tuning.rows
         return 4 * self.most_items, 4 * self.tiles, 4 * self.tiles, 4 * rows, rows if self.positions else 0
 
     @cached_property
@@ -103,20 +91,20 @@ class Listed:
         return items[: int(self.counters[2])], *others, positions
 
 
-def list_items(heads: int, intervals: Intervals, consumers: int, device: torch.device, *, positions: bool) -> Listed:
+def list_items(heads: int, intervals: Intervals, tuning: Tuning, device: torch.device, *, positions: bool) -> Listed:
     """List the items of a call of `intervals`, of MOST_PIECES pieces at most, in one launch."""
-    layout = layout_of(heads, intervals.rows, intervals.keys, consumers, positions)
+    layout = layout_of(heads, intervals.rows, intervals.keys, tuning, positions)
     counters = torch.zeros(layout.counters, dtype=torch.int32, device=device)
     listed = Listed(layout, counters, torch.empty(sum(layout.sizes), dtype=torch.int32, device=device))
     start, _, *others = listed.addresses
     listing = _Listing(layout.rows, layout.tiles, heads, start + 4, *others)
     ((_, pieces),) = cut(intervals.table, np.int32)
-    _program(consumers).launch("list", device, layout.tiles, layout.tile, (pieces, listing))
+    _program(tuning).launch("list", device, layout.tiles, tuning.rows, (pieces, listing))
     return listed
 
 
 @cache
-def _program(consumers: int) -> Program:
-    sizes = {"CONSUMERS": consumers, "MOST_PIECES": MOST_PIECES, "PROCESSORS": PROCESSORS, "FEWEST_STEPS": FEWEST_STEPS}
-    macros = {**sizes, "MOST_STEPS": MOST_SPAN // KEYS_OF_STEP, "LISTED": 1, "SPLIT": 0, "MOST_SLOPES": 1, "ITEMS": 1}
-    return Program("bounds.cu", macros)
+def _program(tuning: Tuning) -> Program:
+    sizes = {"MOST_PIECES": MOST_PIECES, "PROCESSORS": PROCESSORS, "FEWEST_STEPS": FEWEST_STEPS}
+    steps = {"CONSUMERS": tuning.consumers, "KEYS": tuning.keys, "MOST_STEPS": most_steps(tuning)}
+    return Program("bounds.cu", {**sizes, **steps, "LISTED": 1, "SPLIT": 0, "MOST_SLOPES": 1, "ITEMS": 1})

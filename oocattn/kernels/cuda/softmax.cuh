@@ -1,7 +1,7 @@
 // The scores of a step of hopper.cu: their terms, the keys that a row does not attend, and the softmax over all steps.
 //
 // A thread has two rows, `row` and 8 below it, of an item; each is shared by the four threads of a quad. Compiled with
-// SOFTCAP, SLOPES and BIAS (0 or 1: the terms of a score beside its scale).
+// SOFTCAP, SLOPES and BIAS (0 or 1: the terms of a score beside its scale) and WEIGHT_PARTS (1 or 2: 16-bit parts of a weight).
 
 #pragma once
 
@@ -13,7 +13,11 @@
 #define PLAIN (!SOFTCAP && !SLOPES && !BIAS)
 
 constexpr int SCORES = KEYS / 2;  // of each of the 128 threads of a consumer: two rows, and of 8 columns two at a time
-constexpr float RISE = 8.0f;  // how far, in powers of two, scores may exceed the shift before it is raised
+// How far, in powers of two, scores are above the shift when it is raised, and how much further they may rise before it is
+// raised again. Where weights have two parts they begin high, so that the second, 2^-12 of the first, has its bits in float16.
+constexpr float LIFT = WEIGHT_PARTS == 2 && !BFLOAT16 ? 7.0f : 0.0f;
+constexpr float RISE = 8.0f;
+constexpr float MOST_SUM = WEIGHT_PARTS == 2 ? 32768.0f : 4096.0f;  // of a thread's weights of a row and step: below 2^16
 constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number
 constexpr float LARGEST = 3.402823466e38f;
 constexpr float LN2 = 0.693147180559945f, LOG2E = 1.442695040888963f;
@@ -32,15 +36,27 @@ struct Softmax {
         less[0] = less[1] = 0.0f;
     }
 
+    // Turn scores into weights by the shift as it is. False where it does not do for one of the warp's rows, in this step: then
+    // the scores are lost.
+    __device__ __forceinline__ bool keep_shift(float (&scores)[SCORES], float scale) {
+        float sum[2];
+        exponentiate(scores, scale, shift, sum);
+        const float farthest = fmaxf(fabsf(shift[0]), fabsf(shift[1]));
+        if (__any_sync(~0u, fmaxf(sum[0], sum[1]) > MOST_SUM || farthest > LARGE)) return false;
+        den[0] += sum[0];
+        den[1] += sum[1];
+        return true;
+    }
+
     // Turn scores into weights. Whether the shift was raised; then what was summed before counts `factor` times as much.
-    __device__ __forceinline__ bool weigh(float (&scores)[SCORES], float scale, float (&factor)[2]) {
+    __device__ __forceinline__ bool find_shift(float (&scores)[SCORES], float scale, float (&factor)[2]) {
         float highest[2] = {scores[0], scores[2]};
 #pragma unroll
         for (int i = 0; i < SCORES; i += 4) {
             highest[0] = fmaxf(highest[0], fmaxf(scores[i], scores[i + 1]));
             highest[1] = fmaxf(highest[1], fmaxf(scores[i + 2], scores[i + 3]));
         }
-        const bool above = highest[0] * scale > shift[0] + RISE || highest[1] * scale > shift[1] + RISE;
+        const bool above = highest[0] * scale > shift[0] + (LIFT + RISE) || highest[1] * scale > shift[1] + (LIFT + RISE);
         const bool raise = __any_sync(~0u, above);
         if (raise) {
 #pragma unroll
@@ -48,23 +64,29 @@ struct Softmax {
                 float most = highest[row];
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-                const float raised = fmaxf(shift[row], most * scale);
+                const float raised = fmaxf(shift[row], most * scale - LIFT);
                 factor[row] = raised == MINUS_INFINITY ? 1.0f : exp2_of(shift[row] - raised);
                 den[row] *= factor[row];
                 shift[row] = raised;
             }
         }
-        float less[2] = {shift[0] == MINUS_INFINITY ? 0.0f : shift[0], shift[1] == MINUS_INFINITY ? 0.0f : shift[1]};
+        float less[2] = {shift[0] == MINUS_INFINITY ? 0.0f : shift[0], shift[1] == MINUS_INFINITY ? 0.0f : shift[1]}, sum[2];
         if (fmaxf(fabsf(less[0]), fabsf(less[1])) > LARGE) subtract(scores, scale, less);
-        float sum[2] = {0.0f, 0.0f};
+        exponentiate(scores, scale, less, sum);
+        den[0] += sum[0];
+        den[1] += sum[1];
+        return raise;
+    }
+
+  private:
+    __device__ __forceinline__ static void exponentiate(
+        float (&scores)[SCORES], float scale, const float (&less)[2], float (&sum)[2]) {
+        sum[0] = sum[1] = 0.0f;
 #pragma unroll
         for (int i = 0; i < SCORES; ++i) {
             scores[i] = exp2_of(fmaf(scores[i], scale, -less[i / 2 % 2]));
             sum[i / 2 % 2] += scores[i];
         }
-        den[0] += sum[0];
-        den[1] += sum[1];
-        return raise;
     }
 };
 
@@ -73,7 +95,8 @@ struct Softmax {
 #if !PLAIN
 
 // Products of queries and keys become scores in powers of two: the keys of this step begin at `first`.
-__device__ __forceinline__ void add_terms(float (&scores)[SCORES], const Call& call, int head, int first_row, int first) {
+__device__ __forceinline__ void add_terms(
+    float (&scores)[SCORES], const Call& call, float scale, int head, int first_row, int first) {
     const int column = first + threadIdx.x % 4 * 2;
 #if SLOPES
     const float slope = call.slopes[head];
@@ -85,7 +108,7 @@ __device__ __forceinline__ void add_terms(float (&scores)[SCORES], const Call& c
 #pragma unroll
     for (int i = 0; i < SCORES; ++i) {
         const int key = column + i / 4 * 8 + i % 2;
-        float score = scores[i] * call.scale;
+        float score = scores[i] * scale;
 #if SOFTCAP
         score = tanhf(score) * call.cap;
 #endif
