@@ -18,7 +18,7 @@ class Pins(Excerpt):
 
     chunks: Positive
     decomposition: Literal["cqs", "strips"]
-    kernel: Annotated[str, Pattern(r"[a-z0-9_]{1,32}")]
+    kernel: Annotated[str, Pattern(r"[a-z0-9_-]{1,32}")]
     span: Count
     device_memory: Annotated[Positive | None, ADDED] = None
 

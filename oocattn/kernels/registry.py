@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from oocattn.errors import ProblemError
 from oocattn.naming import named
+from oocattn.problem.arrays import weights_dtype
 
 if TYPE_CHECKING:  # PyTorch takes seconds, and the names of kernels are known without it
     import torch
@@ -17,24 +18,29 @@ DeviceType = Literal["cpu", "cuda"]
 
 
 class _Registration(NamedTuple):
-    """A kernel's code, its type of device, whether it may be the default there, and whether it is for second passes."""
+    """A kernel's code, its type of device, and what it is.
+
+    `default` says when it may be the default of its device, "precise": of precise runs alone. `shifted` and `rounds_weights`
+    are those of its class, which is not imported for them.
+    """
 
     module: str
     class_name: str
     device_type: DeviceType
-    default: bool = True
+    default: Literal["always", "precise", "never"] = "always"
     shifted: bool = False
+    rounds_weights: bool = False
 
 
 _KERNELS = {  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     "cpu": _Registration("oocattn.kernels.cpu", "CpuKernel", "cpu"),
-    "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default=False),
-    "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", default=False, shifted=True),
-    "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda"),
-    "hopper-precise": _Registration("oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default=False),
-    "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda"),
-    "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda"),
-    "flash": _Registration("oocattn.kernels.libraries.aten", "FlashKernel", "cuda"),
+    "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default="never"),
+    "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", default="never", shifted=True),
+    "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True),
+    "hopper-precise": _Registration("oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise"),
+    "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda", rounds_weights=True),
+    "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda", rounds_weights=True),
+    "flash": _Registration("oocattn.kernels.libraries.aten", "FlashKernel", "cuda", rounds_weights=True),
     "torch": _Registration("oocattn.kernels.plain", "PlainKernel", "cuda"),
 }
 
@@ -56,17 +62,23 @@ def device_type(name: str) -> DeviceType:
     return _registration(name).device_type
 
 
-def default_kernel(device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> str:
+def rounds_weights(name: str) -> bool:
+    """True if a kernel rounds softmax weights to the inputs' dtype (`Kernel.rounds_weights`); ProblemError as above."""
+    return _registration(name).rounds_weights
+
+
+def default_kernel(device: torch.device | str, dtype: str, head_dim: int, value_dim: int, *, precise: bool = False) -> str:
     """The name of the fastest kernel for a dtype, D = head_dim and Dv = value_dim on a device.
 
-    `device` is "cpu", "cuda", "cuda:1" and so on; the reference is never chosen. Raises ProblemError, with every kernel's
-    reason, if none serves them.
+    `device` is "cpu", "cuda", "cuda:1" and so on; the reference is never chosen. `precise` leaves out kernels that round
+    softmax weights to 16 bits. Raises ProblemError, with every kernel's reason, if none serves them.
     """
     device = _known_device(device)
     reasons: dict[str, list[str]] = {}
     for name in _names_for(device.type):
-        reason = get_kernel(name).unsupported_reason(device, dtype, head_dim, value_dim)
-        if not reason and _KERNELS[name].default:
+        reason = _reason(name, device, dtype, head_dim, value_dim, precise)
+        default = _KERNELS[name].default
+        if not reason and (default == "always" or (precise and default == "precise")):
             return name
         reasons.setdefault(reason, []).append(name)
     found = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
@@ -76,24 +88,35 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int, value_
     )
 
 
-def require_kernel(name: str, device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> Kernel:
+def require_kernel(
+    name: str, device: torch.device | str, dtype: str, head_dim: int, value_dim: int, *, precise: bool = False
+) -> Kernel:
     """The kernel of that name, if it serves `dtype`, D = head_dim and Dv = value_dim on `device`.
 
-    Raises ProblemError, saying why it cannot and which kernels can, or that there is no such kernel.
+    `precise` is that of `default_kernel`. Raises ProblemError, saying why it cannot and which kernels can, or that there is
+    no such kernel.
     """
     kernel = get_kernel(name)
     device = _known_device(device)
-    asked = device, dtype, head_dim, value_dim
-    reason = kernel.unsupported_reason(*asked)
+    asked = device, dtype, head_dim, value_dim, precise
+    reason = _reason(name, *asked)
     if not reason:
         return kernel
     names = _names_for(device.type, shifted=kernel.shifted)
-    others = [other for other in names if not get_kernel(other).unsupported_reason(*asked)]
+    others = [other for other in names if not _reason(other, *asked)]
     raise ProblemError(
         f"kernel {name!r} cannot attend {_operands(dtype, head_dim, value_dim)} on {device}: {reason}"
         + (f"; choose one of {', '.join(others)} or" if others else ";")
         + f" leave {named('kernel')} out"
     )
+
+
+def _reason(name: str, device: torch.device, dtype: str, head_dim: int, value_dim: int, precise: bool) -> str:
+    """The reason why a kernel cannot serve, in words; "" if it can."""
+    weights = weights_dtype(dtype, rounds_weights(name))
+    if precise and weights != "float32":
+        return f"it rounds softmax weights to {weights}, which {named('precise')} rules out"
+    return get_kernel(name).unsupported_reason(device, dtype, head_dim, value_dim)
 
 
 def _operands(dtype: str, head_dim: int, value_dim: int) -> str:

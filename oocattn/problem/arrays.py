@@ -25,6 +25,11 @@ def other_order() -> str:
     return f"; if the axes are in another order than [B, H, N, D], name it with {named('layout')}"
 
 
+def weights_dtype(dtype: str, rounds_weights: bool) -> str:
+    """The dtype of softmax weights of inputs of a dtype: float32 is precise, and a kernel may round them to the inputs'."""
+    return dtype if rounds_weights else "float32"
+
+
 @dataclass(frozen=True)
 class ArraySpec:
     """Name, shape and dtype of one input array, as found."""

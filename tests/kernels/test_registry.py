@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from oocattn.errors import ProblemError
-from oocattn.kernels.cuda.hopper import HopperKernel
+from oocattn.kernels.cuda.hopper import HopperKernel, HopperPreciseKernel
 from oocattn.kernels.libraries import fa3 as fa3_module
-from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel, rounds_weights
+from oocattn.pins import Pins
 from oocattn.problem.calls import CallSize
+from oocattn.records import from_json, to_json
 
 CUDA = torch.device("cuda:0")
 DEVICE_TYPES = {
     **dict.fromkeys(("cpu", "reference"), "cpu"),
-    **dict.fromkeys(("hopper", "fa3", "cudnn", "flash", "torch"), "cuda"),
+    **dict.fromkeys(("hopper", "hopper-precise", "fa3", "cudnn", "flash", "torch"), "cuda"),
 }
 """Every kernel that attends, and where it runs."""
 SHIFTED_DEVICE_TYPES = {"weights": "cpu"}
@@ -32,7 +34,8 @@ def machine(monkeypatch):
         refusal = lambda device, dtype, *dims: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
         monkeypatch.setattr(fa3_module.Fa3Kernel, "_refusal", staticmethod(refusal))
         refused = lambda *_: "" if ours else "it does not compile here: no NVRTC"  # noqa: E731
-        monkeypatch.setattr(HopperKernel, "_refusal", staticmethod(refused))
+        for kernel in (HopperKernel, HopperPreciseKernel):
+            monkeypatch.setattr(kernel, "_refusal", staticmethod(refused))
 
     return pretend
 
@@ -45,11 +48,19 @@ def test_every_kernel_has_its_name_and_bounds():
             kernel = get_kernel(name)
             assert kernel.name == name
             assert kernel.shifted == shifted
+            assert kernel.rounds_weights == rounds_weights(name)
             assert 1 <= kernel.max_keys <= 65_536
             assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
     for call in (get_kernel, device_type):
         with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference"):
             call("abacus")
+
+
+def test_a_result_of_every_kernel_can_be_read():
+    for name in (*DEVICE_TYPES, *SHIFTED_DEVICE_TYPES):
+        pins = Pins(chunks=7, decomposition="cqs", kernel=name, span=0)
+        assert from_json(Pins, to_json(pins)) == pins
+        assert f"kernel='{name}'" in str(pins)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +94,46 @@ def test_on_the_cpu_the_cpu_kernel_is_the_default():
     for dtype in ("float16", "bfloat16", "float32"):
         assert default_kernel(torch.device("cpu"), dtype, 33, 1024) == "cpu"
     assert require_kernel("reference", "cpu", "float16", 1, 7).name == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "ours", "dtype", "head_dim", "chosen"),
+    [
+        ((9, 0), True, "float16", 64, "hopper-precise"),
+        ((9, 0), True, "bfloat16", 128, "hopper-precise"),
+        ((9, 0), True, "float16", 160, "torch"),
+        ((9, 0), True, "float32", 64, "torch"),
+        ((9, 0), False, "float16", 64, "torch"),
+        ((8, 0), True, "bfloat16", 64, "torch"),
+    ],
+)
+def test_the_default_of_a_precise_run_rounds_no_weights(machine, capability, ours, dtype, head_dim, chosen):
+    machine(capability, fa3=("float16", "bfloat16"), ours=ours)
+    assert default_kernel("cuda", dtype, head_dim, head_dim, precise=True) == chosen
+    assert require_kernel(chosen, CUDA, dtype, head_dim, head_dim, precise=True).name == chosen
+    assert default_kernel("cpu", dtype, head_dim, head_dim, precise=True) == "cpu"
+
+
+def test_a_precise_kernel_is_the_default_of_precise_runs_alone(machine, monkeypatch):
+    machine((9, 0), ours=True)
+    monkeypatch.setattr(HopperKernel, "_refusal", staticmethod(lambda *_: "it does not compile here"))
+    assert default_kernel("cuda", "float16", 64, 64) == "cudnn"
+    assert require_kernel("hopper-precise", CUDA, "float16", 64, 64).name == "hopper-precise"
+
+
+def test_a_kernel_that_rounds_weights_is_refused_for_a_precise_run_and_others_are_named(machine):
+    machine((9, 0), ours=True)
+    for name, dtype in (("hopper", "float16"), ("cudnn", "bfloat16"), ("flash", "float16")):
+        with pytest.raises(ProblemError) as error:
+            require_kernel(name, CUDA, dtype, 64, 64, precise=True)
+        assert str(error.value) == (
+            f"kernel {name!r} cannot attend {dtype} with D = 64 on cuda:0: it rounds softmax weights to {dtype}, which "
+            "precise rules out; choose one of hopper-precise, torch or leave kernel out"
+        )
+    for name in ("cpu", "reference"):
+        assert require_kernel(name, "cpu", "float16", 64, 64, precise=True).name == name
+    with pytest.raises(ProblemError, match="it attends float16, bfloat16 only; choose one of torch or leave"):
+        require_kernel("hopper", CUDA, "float32", 64, 64, precise=True)  # for which no kernel rounds weights
 
 
 def test_a_kernel_for_second_passes_serves_every_dtype_of_a_cpu_and_is_no_choice_for_others():
