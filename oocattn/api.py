@@ -40,6 +40,7 @@ PLAN_OPTIONS = {
     "chunks": arguments.integer(1, MAX_CHUNKS),
     "decomposition": arguments.choice(*DECOMPOSITIONS),
     "kernel": arguments.choice(*kernel_names()),
+    "precise": arguments.boolean,
     "checkpoint_interval": arguments.duration,
 }
 """What the options may be that change the plan and not the problem."""
@@ -76,6 +77,7 @@ def plan(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
+    precise: bool = False,
     checkpoint_interval: Duration | None = None,
     engine: Engine = "dask",
     lanes: int | None = None,
@@ -90,7 +92,8 @@ def plan(
     (`oocattn.Inputs`, or a mapping of its fields). The arguments from `causal` to `dtype` say what is computed
     (`help(oocattn.ProblemArguments)`). `device_memory` and `host_memory` are hard limits in bytes, as numbers or like
     "2GiB", on all that the run allocates (default: half of the free memory). `chunks` pins the number of chunks c,
-    `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or GPUs.
+    `decomposition` is "auto", "cqs" or "strips", `kernel` pins a kernel, and with it the CPU or GPUs. `precise` leaves out
+    kernels that round softmax weights to 16 bits: `out` is then off by a few 1e-6 before it is rounded to `dtype`.
     `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
     finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number
     of workers that will share the run (default: one, or one for each GPU); `result` tells on which file system partials
@@ -104,7 +107,7 @@ def plan(
     and BudgetError, with the smallest budget that works.
     """
     opened, problem = open_posed(inputs, asked, storage_options)
-    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
+    parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval, precise)  # checked
     paths = None if result is None else ResultPaths.at(result, storage_options=storage_options)
     scratch, to_store = (None, False) if paths is None else (paths.state_folder, paths.stored is not None)
     return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine, to_store=to_store)
@@ -120,6 +123,7 @@ def attention(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
+    precise: bool = False,
     checkpoint_interval: Duration | None = None,
     time_limit: Duration | None = None,
     engine: Engine = "dask",
@@ -141,13 +145,12 @@ def attention(
     store without conditional puts (docs/remote.md). `storage_options` are those of `plan`, also for the result.
     What mask, scores and rows may be asked: `help(oocattn.ProblemArguments)`. The arguments up to `checkpoint_interval` are
     those of `plan`. `time_limit` is in seconds from this call, or like "8h"; the run ends before it has passed, with all its
-    work on disk. `engine` is "dask", or "inline": threads of this process
-    without a scheduler. With Dask the run uses the workers of `client`, a connected `distributed.Client` that is not
-    asynchronous, or a cluster of its own with its dashboard at `dashboard_address`. `callbacks` are called with every
-    `Event`, and `progress` shows a bar on standard error, or in a notebook. A finished result of the same problem and
-    dataset is returned as it is, with a warning where its certificate failed, and an unfinished one is resumed with its
-    plan; `overwrite` computes it again. Signals, failing callbacks and waiting for workers: docs/interruptions.md,
-    docs/python.md, docs/clusters.md.
+    work on disk. `engine` is "dask", or "inline": threads of this process without a scheduler. With Dask the run uses the
+    workers of `client`, a connected `distributed.Client` that is not asynchronous, or a cluster of its own with its
+    dashboard at `dashboard_address`. `callbacks` are called with every `Event`, and `progress` shows a bar on standard
+    error, or in a notebook. A finished result of the same problem and dataset is returned as it is, with a warning where its
+    certificate failed, and an unfinished one is resumed with its plan; `overwrite` computes it again. Signals, failing
+    callbacks and waiting for workers: docs/interruptions.md, docs/python.md, docs/clusters.md.
 
     Raises ProblemError (also where the cluster is not ready), BudgetError, ResultExistsError (something else is at
     `result`), LockedError (another run writes it), IntegrityError (the dataset or a partial is damaged), TimeLimitError,
@@ -159,7 +162,7 @@ def attention(
     with limited(until):
         paths = ResultPaths.at(result, scratch, lock, storage_options)
         opened, problem = open_posed(inputs, asked, storage_options)
-        parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval)  # by `checked`
+        parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval, precise)  # checked
         return session.attend(Request(problem, opened, paths, overwrite), Choices(*parsed), workplace, listeners, until)
 
 

@@ -132,6 +132,7 @@ REFUSED: list[tuple[Callable[..., Any], str, list[Any], str]] = [
     (oocattn.attention, "time_limit", [True, [1], float("nan"), np.timedelta64("NaT")], SECONDS),
     (oocattn.plan, "decomposition", [3, ["cqs"], "CQS", ""], "one of auto, cqs, strips"),
     (oocattn.plan, "kernel", [3, ["cpu"], "", True], "one of cpu, reference"),
+    (oocattn.attention, "precise", [1, "yes", [True]], "True or False"),
     (oocattn.import_arrays, "layout", [3, ["hnd"], "HND", ""], "one of bhnd, bnhd, hnd, nhd"),
     (oocattn.attention, "callbacks", [print, 3, "abc", [None], [print, 3], [listen]], FUNCTIONS),
     (oocattn.resume, "callbacks", [print], FUNCTIONS),

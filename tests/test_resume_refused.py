@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from distributed import Client
 from interrupting import TOKENS, EnoughError, interrupt, interrupted, uninterrupted, write_resuming_dataset
 from support import (
+    MACHINE,
     a_problem,
     assert_same_bits,
     carry_out,
@@ -71,6 +73,30 @@ def test_an_unfinished_run_of_another_problem_dataset_or_plan_is_not_touched(
     with pytest.raises(ResultExistsError, match=r"another plan \(query chunks 7, now 5; .*chunk rows 25, now 34; .*\)"):
         carry_out(plan_for(dataset, chunks=5, causal=True), dataset, result)
     assert oocattn.resume(result, engine="inline").report.pairs_before > 0
+
+
+def test_a_run_that_rounds_weights_is_not_resumed_as_a_precise_one(result: Path, fast_path: Path) -> None:
+    dataset = write_dataset(fast_path / "half.zarr", normal_arrays(TOKENS, dtype="bfloat16"), 16)
+    interrupted(plan_for(dataset, chunks=7, machine=replace(MACHINE, rounds_weights=True)), dataset, result)
+    words = r"is of kernel cpu, which rounds softmax weights to bfloat16, and not precise: resume it without precise"
+    with pytest.raises(ResultExistsError, match=rf"unfinished run in .* {words}, or begin again with overwrite=True"):
+        oocattn.attention(dataset, result, engine="inline", precise=True)
+    assert oocattn.attention(dataset, result, engine="inline").report.pairs_before > 0
+    words = r"is of kernel cpu, which rounds softmax weights to bfloat16, and not precise: ask for it without precise"
+    with pytest.raises(ResultExistsError, match=rf"{result} exists and {words}"):
+        oocattn.attention(dataset, result, engine="inline", precise=True)
+    again = oocattn.attention(dataset, result, engine="inline", precise=True, overwrite=True)
+    assert oocattn.attention(dataset, result, engine="inline", precise=True).report == again.report
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_run_that_rounds_no_weights_is_resumed_as_a_precise_one(result: Path, fast_path: Path, dtype: str) -> None:
+    dataset = write_dataset(fast_path / "any.zarr", normal_arrays(TOKENS, dtype=dtype), 16)
+    machine = replace(MACHINE, rounds_weights=dtype == "float32")  # to float32, which is precise
+    interrupted(plan_for(dataset, chunks=7, machine=machine), dataset, result)
+    report = oocattn.attention(dataset, result, engine="inline", precise=True).report
+    assert report.pairs_before > 0
+    assert oocattn.attention(dataset, result, engine="inline", precise=True).report == report
 
 
 def test_another_run_than_was_asked_for_is_not_resumed(dataset: Path, result: Path) -> None:

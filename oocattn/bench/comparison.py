@@ -81,6 +81,7 @@ def bench(
     chunks: int | None = None,
     decomposition: str = "auto",
     kernel: str | None = None,
+    precise: bool = False,
     checkpoint_interval: Duration | None = None,
     repeats: int = 3,
     warm_up: bool = True,
@@ -90,19 +91,18 @@ def bench(
 ) -> Generator[Plan | Ceiling | Progress | Table, None, None]:
     """Measure this machine, and compare ways to attend a synthetic dataset.
 
-    The plan comes first, then the ceilings, the table last, and progress in between. `tokens` and `heads` default to 1M
-    and 8 with a GPU, 32K and 4 without one, `keys` to `tokens` and `value_dim` to `head_dim`. The options from
-    `device_memory` to `checkpoint_interval`, and what is `asked` of the attention, are as for `oocattn.plan`, but `causal`
-    is True by default. The dataset, from `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are
-    removed at the end. oocattn runs on all GPUs, the others on one. Every competitor runs once in each of `repeats`
-    rounds, after an untimed one with `warm_up`; `rows` rows of `out` are compared with float64. Raises as `oocattn.plan`,
-    and ProblemError where `folder` is no folder or has no room.
+    Plan and ceilings come first, the table last, and progress in between. `tokens` and `heads` default to 1M and 8 with a
+    GPU, 32K and 4 without one, `keys` to `tokens`, `value_dim` to `head_dim`. The options from `device_memory` to
+    `checkpoint_interval`, and what is `asked`, are as for `oocattn.plan`, but `causal` is True by default. The dataset, from
+    `seed`, and the results lie in new folders in `folder` and in /dev/shm, which are removed at the end. oocattn runs on all
+    GPUs, the others on one. Every competitor runs once in each of `repeats` rounds, after an untimed one with `warm_up`;
+    `rows` rows are compared with float64. Raises as `oocattn.plan`, and ProblemError where `folder` is none or has no room.
     """
     default, where = choose_device(kernel), output_path(folder, "folder")
     sizes = _sizes(tokens or TOKENS[default], heads or HEADS[default], kv_heads, keys, head_dim, value_dim)
     _check_room(where, _elements(**sizes), str(dtype))
-    options: dict[str, Any] = {**asked, "chunks": chunks, "decomposition": decomposition, "kernel": kernel}
-    options |= {"checkpoint_interval": checkpoint_interval, "device_memory": device_memory, "host_memory": host_memory}
+    options = asked | {"decomposition": decomposition, "kernel": kernel, "checkpoint_interval": checkpoint_interval}
+    options |= {"chunks": chunks, "precise": precise, "device_memory": device_memory, "host_memory": host_memory}
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=where)))
         client = stack.enter_context(local_client(workers=count_lanes(kernel)))

@@ -35,7 +35,7 @@ from oocattn.version import __version__
 
 Command = Callable[[argparse.Namespace], int]  # a command: it takes its options and returns its exit code
 
-PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel", "checkpoint_interval")
+PLAN_CHOICES = ("device_memory", "host_memory", "chunks", "decomposition", "kernel", "precise", "checkpoint_interval")
 """Options that change the plan and not the problem."""
 
 
@@ -224,6 +224,11 @@ def _add_plan_options(parser: argparse.ArgumentParser, of_dataset: bool = True) 
     )
     if of_dataset:
         add("--kernel", choices=kernel_names(), help="kernel (default: the fastest that serves the device and dtype)")
+    add(
+        "--precise",
+        action="store_true",
+        help="leave out kernels that round softmax weights to 16 bits: slower on GPUs, for reference results",
+    )
     add(
         "--checkpoint-interval",
         type=_duration,

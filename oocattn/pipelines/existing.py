@@ -25,6 +25,7 @@ from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.watch.report import read_report
 from oocattn.planning.candidates import Choices
 from oocattn.planning.plan import Plan
+from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.records import differences, to_json
 from oocattn.storage.files.folders import is_folder
@@ -36,7 +37,7 @@ from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.growing import RunState, is_untidy
 from oocattn.storage.results.locking import hold_lock, remove_state
-from oocattn.storage.results.summary import read_summary
+from oocattn.storage.results.summary import ResultAttributes, read_summary
 from oocattn.units import format_bytes
 from oocattn.version import versions
 
@@ -211,6 +212,26 @@ def check_chosen(run: Run, choices: Choices) -> None:
                 f"the unfinished run in {place} has {name.replace('_', ' ')} {found}, not {chosen}: resume it as it is, "
                 f"or begin again with {naming.setting('overwrite', True)}"
             )
+    if choices.precise and plan.weights_dtype != "float32":
+        raise ResultExistsError(
+            f"the unfinished run in {place} {_rounding(plan.kernel, plan.weights_dtype)}: resume it without "
+            f"{naming.named('precise')}, or begin again with {naming.setting('overwrite', True)}"
+        )
+
+
+def check_precise(paths: ResultPaths) -> None:
+    """Raise ResultExistsError where a kernel that rounds softmax weights computed the finished result."""
+    found = ResultAttributes.read(paths)
+    weights = weights_dtype(found.problem.dtype, found.plan.rounds_weights)
+    if weights != "float32":
+        raise ResultExistsError(
+            f"{paths.result} exists and {_rounding(found.plan.kernel, weights)}: ask for it without "
+            f"{naming.named('precise')}, choose another path, or replace it with {naming.setting('overwrite', True)}"
+        )
+
+
+def _rounding(kernel: str, weights: str) -> str:
+    return f"is of kernel {kernel}, which rounds softmax weights to {weights}, and not precise"
 
 
 def check_plan(run: Run, plan: Plan) -> None:

@@ -27,6 +27,7 @@ from oocattn.pipelines.existing import (
     check_chosen,
     check_inputs,
     check_plan,
+    check_precise,
     check_run,
     describe,
     find,
@@ -146,6 +147,8 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     fetch_state(request.paths)
     found = find(request)
     if found is Found.FINISHED:
+        if choices.precise:
+            check_precise(request.paths)
         return finished_result(request.paths)
     if isinstance(found, Run):
         check_chosen(found, choices)
@@ -156,7 +159,8 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
         paths, to_store = request.paths, request.paths.stored is not None
         return plan_here(request.dataset, request.problem, choices, lanes, paths.state, workplace.engine, to_store=to_store)
 
-    with workplace.prepare(request.problem, choices.kernel, decide, until) as (engine, plan):
+    kernel, precise = choices.kernel, choices.precise
+    with workplace.prepare(request.problem, kernel, decide, until, precise=precise) as (engine, plan):
         result = run_plan(plan, request, engine, callbacks=callbacks, until=until)
     if found is Found.NOTHING and workplace.client is None and result.report is not None:  # all of it, on this machine
         keep_run(plan, result.report.seconds - result.report.waited)

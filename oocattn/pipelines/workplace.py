@@ -54,7 +54,13 @@ class Workplace:
 
     @contextmanager
     def prepare(
-        self, problem: Problem, kernel: str | None, decide: Callable[[int], Plan], until: float
+        self,
+        problem: Problem,
+        kernel: str | None,
+        decide: Callable[[int], Plan],
+        until: float,
+        *,
+        precise: bool = False,
     ) -> Iterator[tuple[Engine, Plan]]:
         """Have an engine while inside, and the plan that `decide` makes for so many lanes.
 
@@ -69,7 +75,7 @@ class Workplace:
             return
         refuse_lost_threads()
         with ThreadPool(1, "oocattn-prepare") as beside:
-            warm = beside.submit(warm_up, problem, kernel)  # seconds in a new process, as importing Dask is
+            warm = beside.submit(warm_up, problem, kernel, precise)  # seconds in a new process, as importing Dask is
             open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)

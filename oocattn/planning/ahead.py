@@ -9,9 +9,10 @@ from typing import Any, TypeAlias, cast
 from oocattn import arguments
 from oocattn.arguments import Dtype, Duration, Size, checked
 from oocattn.errors import ProblemError
+from oocattn.kernels.registry import device_type, rounds_weights
 from oocattn.naming import as_given
 from oocattn.planning.candidates import make_plan
-from oocattn.planning.devices import DEVICES, DISK_RATE, device_rate
+from oocattn.planning.devices import DEVICES, DISK_RATE, DeviceRate, device_rate
 from oocattn.planning.devices import disk_rate as parse_rate
 from oocattn.planning.machine import MAX_LANES, TASK_SECONDS, Engine, Hardware, InputCost, reread_rate
 from oocattn.planning.options import CHECKPOINT_SECONDS, DECOMPOSITIONS, MAX_CHUNKS
@@ -47,6 +48,7 @@ PLAN_OPTIONS = {
     "host_memory": arguments.size,
     "chunks": arguments.integer(1, MAX_CHUNKS),
     "decomposition": arguments.choice(*DECOMPOSITIONS),
+    "precise": arguments.boolean,
     "checkpoint_interval": arguments.duration,
 }
 
@@ -72,6 +74,7 @@ def plan_ahead(
     host_memory: Size | None = None,
     chunks: int | None = None,
     decomposition: str = "auto",
+    precise: bool = False,
     checkpoint_interval: Duration | None = None,
     engine: Engine = "dask",
     **asked: Any,
@@ -90,7 +93,8 @@ def plan_ahead(
     shape |= {"head_dim": head_dim, "value_dim": value_dim or head_dim, "dtype": dtype}
     problem = _problem(shape, asked)
     record = DEVICES[device]
-    hardware, note = _hardware(problem, device, devices, float(cast(float, disk_rate)), engine)
+    found = device_rate(device, problem.dtype, problem.head_dim, problem.value_dim, precise)
+    hardware, note = _hardware(problem, device, devices, found, float(cast(float, disk_rate)), engine)
     again = "; what was read before comes from the page cache" if hardware.reread_rate > hardware.read_rate else ""
     notes = (note, f"disk: {hardware.read_rate / 1e9:.3g} GB/s, not measured{again}")
     return make_plan(
@@ -121,18 +125,19 @@ def _problem(shape: dict[str, Any], asked: dict[str, Any]) -> Problem:
     )
 
 
-def _hardware(problem: Problem, device: str, devices: int, rate: float, engine: Engine) -> tuple[Hardware, str]:
+def _hardware(
+    problem: Problem, device: str, devices: int, found: DeviceRate, rate: float, engine: Engine
+) -> tuple[Hardware, str]:
     """The machine, and a note that says where its rates come from."""
-    record, found = DEVICES[device], device_rate(device, problem.dtype, problem.head_dim, problem.value_dim)
-    on_cpu = device == "cpu"
-    kind = "cpu" if on_cpu else "cuda"
+    record, on_cpu = DEVICES[device], device == "cpu"
+    kind = device_type(found.kernel)
     hardware = Hardware(
         kernel=found.kernel,
         kernel_flops=found.flops * (devices if on_cpu else 1),
         scratch_bytes=estimated_scratch(kind),
-        device="cpu" if on_cpu else "cuda",
+        device=kind,
         half_rate_rows=HALF_RATE_ROWS[kind],
-        rounds_weights=not on_cpu and found.kernel != "torch",
+        rounds_weights=rounds_weights(found.kernel),
         lanes=1 if on_cpu else devices,
         threads=devices if on_cpu else 1,
         copy_rate=record.copy_rate,

@@ -31,7 +31,10 @@ CLOSE_RATIO = 1.01
 
 @dataclass(frozen=True)
 class Choices:
-    """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds."""
+    """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds.
+
+    `precise` leaves out kernels that round softmax weights to 16 bits.
+    """
 
     device_memory: int | None = None
     host_memory: int | None = None
@@ -39,6 +42,7 @@ class Choices:
     decomposition: str = "auto"
     kernel: str | None = None
     checkpoint_seconds: float | None = None
+    precise: bool = False
 
 
 def make_plan(

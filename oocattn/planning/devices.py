@@ -20,6 +20,10 @@ GIB = 1 << 30
 _NOTES = "oocattn/kernels/cuda/NOTES.md"
 
 
+PRECISE_SHARE = 2 / 3
+"""Of hopper's rate that `hopper-precise` is taken to have: it makes three matrix products where that makes two."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceRecord:
     """A device: its memory in bytes and the host's for it, and rates.
@@ -90,10 +94,10 @@ class DeviceRate:
     words: str
 
 
-def device_rate(name: str, dtype: str, head_dim: int, value_dim: int) -> DeviceRate:
-    """The rate of a device's best kernel for a dtype and head dimensions."""
+def device_rate(name: str, dtype: str, head_dim: int, value_dim: int, precise: bool = False) -> DeviceRate:
+    """The rate of a device's best kernel for a dtype and head dimensions, `precise` as in `oocattn.plan`."""
     record, widest = DEVICES[name], max(head_dim, value_dim)
-    kernel = _kernel(name, record, dtype, widest)
+    kernel = _kernel(name, record, dtype, widest, precise)
     products = kernel == "torch"  # plain matrix products, in float32
     known = record if record.measured else _H100
     rates, sheet, of_known = known.measured, record.sheet, known.sheet
@@ -101,6 +105,11 @@ def device_rate(name: str, dtype: str, head_dim: int, value_dim: int) -> DeviceR
         rates, sheet, of_known = known.measured_float32, record.sheet_float32, known.sheet_float32
     padded = next((dim for dim in sorted(rates) if widest <= dim), max(rates))  # kernels work on as many columns
     rate = rates[padded] * min(1.0, (head_dim + value_dim) / 2 / padded)
+    if kernel == "hopper-precise":
+        rate *= PRECISE_SHARE
+    if record.measured and kernel == "hopper-precise":
+        words = f"estimate, {rate:.3g} TFLOP/s: {100 * PRECISE_SHARE:.0f}% of hopper's rate ({record.source})"
+        return DeviceRate(rate * 1e12, kernel, words)
     if record.measured:
         return DeviceRate(rate * 1e12, kernel, f"measured, {rate:.3g} TFLOP/s ({record.source})")
     share = rate / of_known
@@ -110,12 +119,14 @@ def device_rate(name: str, dtype: str, head_dim: int, value_dim: int) -> DeviceR
     return DeviceRate(sheet * share * 1e12, kernel, words)
 
 
-def _kernel(name: str, record: DeviceRecord, dtype: str, widest: int) -> str:
+def _kernel(name: str, record: DeviceRecord, dtype: str, widest: int, precise: bool) -> str:
     """The kernel that the registry would take; where libraries are missing, it takes a slower one."""
     if name == "cpu":
         return "cpu"
     if dtype == "float32" or widest > 256 or widest % 8:
         return "torch"
+    if precise:
+        return "hopper-precise" if record.hopper and widest <= 128 else "torch"
     if widest <= 128:
         return "hopper" if record.hopper else "cudnn"
     return "cudnn" if record.hopper else "flash"

@@ -25,7 +25,7 @@ from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
-from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel, rounds_weights
 from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
@@ -70,15 +70,17 @@ def describe_hardware(
     lanes: int | None,
     scratch: Path | None,
     engine: Engine,
+    precise: bool = False,
 ) -> Hardware:
     """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
     `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
     each GPU), which share this machine's cores; `MAX_LANES` of them take part at most. `scratch` is the folder whose file
-    system takes the partials, and `engine` carries the tasks out. Raises ProblemError for a kernel that is unknown or cannot
-    serve the problem here, and where computing would never end, as in a fork.
+    system takes the partials, and `engine` carries the tasks out; `precise` leaves out kernels that round softmax weights to
+    16 bits. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and where computing would
+    never end, as in a fork.
     """
-    device, name = _choose_kernel(problem, kernel)
+    device, name = _choose_kernel(problem, kernel, precise)
     lanes = min(lanes or count_lanes(kernel), MAX_LANES)
     threads = max(1, torch.get_num_threads() // lanes)
     refuse_lost_threads()
@@ -96,7 +98,7 @@ def describe_hardware(
         device=device,
         half_rate_rows=half_rate_rows,
         max_keys=_max_keys(name, problem),
-        rounds_weights=get_kernel(name).rounds_weights,
+        rounds_weights=rounds_weights(name),
         lanes=lanes,
         threads=threads,
         read_rate=found,
@@ -143,7 +145,15 @@ def plan_here(
     """
     if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
-    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, lanes=lanes, scratch=scratch, engine=engine)
+    hardware = describe_hardware(
+        dataset,
+        problem,
+        kernel=choices.kernel,
+        precise=choices.precise,
+        lanes=lanes,
+        scratch=scratch,
+        engine=engine,
+    )
     device_memory = choices.device_memory
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
@@ -177,12 +187,12 @@ def _round_rates(hardware: Hardware) -> Hardware:
     )
 
 
-def _choose_kernel(problem: Problem, kernel: str | None) -> tuple[Device, str]:
+def _choose_kernel(problem: Problem, kernel: str | None, precise: bool) -> tuple[Device, str]:
     """The type of device of a run on this machine, and its kernel. Raises ProblemError as `describe_hardware`."""
     device = choose_device(kernel)
     dims = (problem.dtype, problem.head_dim, problem.value_dim)
-    name = kernel or default_kernel(device, *dims)
-    require_kernel(name, device, *dims)
+    name = kernel or default_kernel(device, *dims, precise=precise)
+    require_kernel(name, device, *dims, precise=precise)
     return device, name
 
 
@@ -277,12 +287,12 @@ def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.de
     return seconds
 
 
-def warm_up(problem: Problem, kernel: str | None) -> None:
+def warm_up(problem: Problem, kernel: str | None, precise: bool = False) -> None:
     """Launch on every GPU what a run will launch, if it will use any: at first use libraries are loaded and compiled.
 
     Raises ProblemError for a kernel that is unknown or cannot serve the problem here.
     """
-    device, name = _choose_kernel(problem, kernel)
+    device, name = _choose_kernel(problem, kernel, precise)
     if device == "cuda":
         gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
         launched = [launcher(gpu).submit(_launch_everything, name, Sample.of(problem), gpu) for gpu in gpus]

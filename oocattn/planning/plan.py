@@ -20,6 +20,7 @@ from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
 from oocattn.planning.machine import Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
 from oocattn.planning.plan_text import plan_line, plan_text
+from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Positive, Range, Seconds, document, to_json
@@ -81,6 +82,11 @@ class Plan(Shown):
     def rounds_weights(self) -> bool:
         """True if the kernel rounds softmax weights to the inputs' dtype."""
         return self.machine.rounds_weights
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype of softmax weights; those of a precise plan are float32."""
+        return weights_dtype(self.problem.dtype, self.rounds_weights)
 
     @property
     def device(self) -> Device:

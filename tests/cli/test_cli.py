@@ -237,6 +237,7 @@ def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monk
         "9",
         "--seed",
         "3",
+        "--precise",
         "--no-warm-up",
     ]
     assert cli.main(["bench", *arguments]) == 0
@@ -246,7 +247,7 @@ def test_bench_passes_its_options_on_and_prints_results_apart_from_progress(monk
         **left_out, "keys": None, "value_dim": None,
         "tokens": 2048, "heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "float32", "causal": False,
         "host_memory": 1 << 30, "device_memory": 1 << 20, "chunks": 7, "decomposition": "cqs", "kernel": "cpu",
-        "checkpoint_interval": 90.0, "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,
+        "precise": True, "checkpoint_interval": 90.0, "folder": "/tmp", "repeats": 5, "rows": 9, "seed": 3, "warm_up": False,
     }  # fmt: skip
     captured = capsys.readouterr()
     assert captured.out.split() == ["disk", "2", "GB/s"]

@@ -10,6 +10,7 @@ import pytest
 
 from oocattn import BudgetError, ProblemError, plan_ahead
 from oocattn.cli.main import main
+from oocattn.kernels.registry import get_kernel
 from oocattn.planning.devices import DEVICES
 
 H100: dict[str, Any] = {"heads": 1, "head_dim": 64, "dtype": "float16", "device": "h100", "causal": True}
@@ -46,6 +47,23 @@ def test_every_device_says_where_its_rate_comes_from(device: str, dtype: str, he
     assert plan.device == ("cpu" if device == "cpu" else "cuda")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float32", 64), ("float16", 256)])
+def test_a_precise_plan_is_of_a_kernel_that_rounds_no_weights(device: str, dtype: str, head_dim: int) -> None:
+    options: dict[str, Any] = {**H100, "tokens": "64K", "device": device, "dtype": dtype, "head_dim": head_dim}
+    usual, precise = plan_ahead(**options), plan_ahead(**options, precise=True)
+    for plan in (usual, precise):
+        assert plan.rounds_weights == get_kernel(plan.kernel).rounds_weights
+    assert precise.weights_dtype == "float32"
+    hopper = DEVICES[device].hopper and (dtype, head_dim) == ("bfloat16", 64)
+    assert precise.kernel == ("cpu" if device == "cpu" else "hopper-precise" if hopper else "torch")
+    if precise.kernel == usual.kernel:
+        assert precise == usual
+    else:
+        assert precise.machine.kernel_flops < usual.machine.kernel_flops
+    assert ("estimate" in precise.inputs.notes[0]) == (hopper or device not in ("h100", "h200", "cpu"))
+
+
 def test_more_devices_and_faster_disks_take_less_time() -> None:
     def seconds(**options: Any) -> float:
         return plan_ahead(tokens="1G", **{**H100, "heads": 8, **options}).seconds
@@ -57,7 +75,7 @@ def test_more_devices_and_faster_disks_take_less_time() -> None:
 
 def test_no_library_of_arrays_or_tasks_is_imported() -> None:
     shape = ["--tokens", "1M", "--heads", "2", "--head-dim", "64", "--dtype", "float32"]
-    words = ["plan", *shape, "--device", "l4", "--queries", "10:20"]
+    words = ["plan", *shape, "--device", "l4", "--queries", "10:20", "--precise"]
     imported = "[name for name in ('torch', 'zarr', 'dask', 'distributed') if name in sys.modules]"
     code = f"import sys; from oocattn.cli.main import main; main({words}); print({imported})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
