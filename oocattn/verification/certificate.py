@@ -18,7 +18,15 @@ from oocattn.storage.results.summary import FORMAT, Outcome, PlanRecord
 from oocattn.text import shell_command
 from oocattn.verification.findings import AllRows, ArrayCheck, Ledger, RowCheck, Stratum, check_places, largest, stratum_of
 from oocattn.verification.sampling import STRATA, share_bound
-from oocattn.verification.text import all_rows_line, certificate_text, checksum_lines, dataset_line, error_line, ledger_line
+from oocattn.verification.text import (
+    all_rows_line,
+    certificate_text,
+    checksum_lines,
+    dataset_line,
+    error_line,
+    ledger_line,
+    weights_line,
+)
 
 MOST_SHOWING_NOTHING = 0.1  # the share of rows that show nothing above which a certificate is inconclusive
 _FOLLOWS = ("passed", "inconclusive", "verdict", "statement", "strata", "error", "worst_error")
@@ -283,6 +291,7 @@ class Certificate(Shown):
             ("error", error_line(self)),
             ("shown", self.statement),
             ("checksums", "; ".join(checksum_lines(self))),
+            *([("weights", weights_line(self.problem, self.plan))] if self.plan is not None else []),
             ("ledger", ledger_line(self)),
             ("dataset", f"{self.dataset}, {dataset_line(self)}"),
             ("made", self.made),

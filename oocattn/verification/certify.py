@@ -13,7 +13,7 @@ from typing import Annotated
 
 from oocattn.errors import BudgetError, IntegrityError, OocattnError
 from oocattn.naming import named
-from oocattn.problem.arrays import ArrayName
+from oocattn.problem.arrays import ArrayName, weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
 from oocattn.storage.files.operations import words_of
@@ -89,7 +89,7 @@ def certify(
     compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
     second = None if all_rows is None else all_rows.beside(problem, opened, readers, recorded.plan.rounds_weights)
     sizes = _sizes(problem, opened, readers, compared, rows, host_memory, second)
-    roundoff = UNIT_ROUNDOFF[problem.dtype if recorded.plan.rounds_weights else "float32"]  # matrix units of GPUs: 16 bits
+    roundoff = UNIT_ROUNDOFF[weights_dtype(problem.dtype, recorded.plan.rounds_weights)]
     options = {"rows": rows, "seed": seed, "key_rows": sizes.of_rows.key_rows}
     exact = recompute_rows(problem, opened, borders=recorded.borders, weight_roundoff=roundoff, **options)
     certificate = Certificate(

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from oocattn.pages import render_page
+from oocattn.problem.arrays import weights_dtype
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.text import printable
 from oocattn.units import format_count
 from oocattn.verification.noise import SUSPICIOUS
 
 if TYPE_CHECKING:
+    from oocattn.problem.problem import Problem
+    from oocattn.storage.results.summary import PlanRecord
     from oocattn.verification.certificate import Certificate
     from oocattn.verification.findings import AllRows
 
@@ -38,6 +41,7 @@ def certificate_text(certificate: Certificate) -> str:
         *([f"all rows     {printable(all_rows_line(certificate.all_rows))}"] if certificate.all_rows else []),
         f"shown        {certificate.statement}",
         *(f"checksums    {printable(line)}" for line in checksum_lines(certificate)),
+        *([f"weights      {weights_line(certificate.problem, certificate.plan)}"] if certificate.plan else []),
         *([f"same bits    {certificate.plan}"] if certificate.plan else []),
         f"ledger       {ledger_line(certificate)}",
         f"dataset      {printable(certificate.dataset)}, {printable(dataset_line(certificate))}",
@@ -62,6 +66,14 @@ def error_line(certificate: Certificate) -> str:
     of_sample = "" if certificate.all_rows is None else " of the sample"
     worst = f"{certificate.worst_error:.1e} in the worst row{of_sample}"
     return f"relative error {certificate.error:.1e} (root mean square over rows), {worst}"
+
+
+def weights_line(problem: Problem, plan: PlanRecord) -> str:
+    """Whether the run was precise, as rows are judged."""
+    weights = weights_dtype(problem.dtype, plan.rounds_weights)
+    if weights == "float32":
+        return f"kernel {plan.kernel} rounds no softmax weights: precise"
+    return f"kernel {plan.kernel} rounds softmax weights to {weights}, and rows may be off by as much"
 
 
 def all_rows_line(found: AllRows) -> str:
@@ -145,4 +157,5 @@ def certificate_page(certificate: Certificate) -> str:
         dataset_line=dataset_line(certificate),
         error_line=error_line(certificate),
         ledger_line=ledger_line(certificate),
+        weights_line=weights_line(certificate.problem, certificate.plan) if certificate.plan else "",
     )
