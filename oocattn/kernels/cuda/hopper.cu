@@ -4,8 +4,9 @@
 // Compiled with HEAD_DIM and VALUE_DIM (multiples of 8, 256 at most), CONSUMERS (warpgroups of 64 query rows), KEYS (of a
 // step), STAGES (of the rings), ITEMS (of a block), SHARED_BYTES, and what the
 // headers ask for; and with
-// * PARTS: 16-bit parts of a number of the rows, 1, or 2 of float32 ones, as split.cu writes them: the columns of all first
-//   parts come before those of the second ones. The products of two second parts, 2^-24 of the whole, are left out.
+// * PARTS: 16-bit parts of a number of the rows, 1, or 2 of float32 ones: the columns of all first parts come before those of
+//   the second ones. The products of two second parts, 2^-24 of the whole, are left out.
+// * SCALED (0 or 1): whether split.cu has made the parts.
 // * WEIGHT_PARTS: the same of a weight.
 // * RESTART: steps after which the sums of the matrix units, which truncate, are added to others in float32, in registers; 0:
 //   FOLD steps, in shared memory; if that is 0 too, at the end of an item.
@@ -275,7 +276,7 @@ struct Sums {
 __device__ void consume(Shared& shared, const Call& call, const State& state) {
     const int consumer = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0), thread = threadIdx.x % 128;
     const bool elected = thread == 0;
-    const float scale = PARTS == 2 ? call.scale * call.unscaled[0] : call.scale;
+    const float scale = SCALED ? call.scale * call.unscaled[0] : call.scale;
     const Word query = matrix(shared.query + consumer * 64 * ROW_BYTES, 16);
     const Word first_key = matrix(shared.key[0], 16), first_value = matrix(shared.value[0], KEYS * ROW_BYTES);
     Ring keys, values;
@@ -388,7 +389,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         end_sums();
         sums.fold(steps, true, shared);
         float (&num)[SUMS] = sums.all();
-        if (PARTS == 2)
+        if (SCALED)
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) num[i] *= call.unscaled[1];
 #if SPLIT

@@ -14,7 +14,7 @@ import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
 from oocattn.kernels.cuda.items import scratch_sizes
-from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, tuning_for
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, numbers_for, tuning_for
 from oocattn.kernels.kernel import HALF_DTYPES, Kernel, Operands, unsupported_dtype
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
@@ -53,10 +53,9 @@ class HopperKernel(Kernel):
 
     def scratch_bytes(self, call: CallSize) -> int:
         """Parts of float32 numbers, counters, bounds and items, results of a split call; not the copies of odd tensors."""
-        parts = 1 if call.dtype in HALF_DTYPES else 2
-        weight_parts = max(parts, 1 + self.precise)
-        dims, long = (call.head_dim, call.value_dim), call.keys > FOLDED_KEYS
-        tuning = tuning_for(*dims, long=long, plain=call.plain, parts=parts, weight_parts=weight_parts)
+        numbers = numbers_for(call.dtype, precise=self.precise)
+        long = call.keys > FOLDED_KEYS
+        tuning = tuning_for(call.head_dim, call.value_dim, numbers, long=long, plain=call.plain)
         return allocated_bytes(*scratch_sizes(call, tuning))
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
@@ -65,7 +64,7 @@ class HopperKernel(Kernel):
 
     def _operands_reason(self, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why rows of `dtype`, D = head_dim and Dv = value_dim cannot be read; "" if they can."""
-        most = MOST_COLUMNS[1 if dtype in HALF_DTYPES and not self.precise else 2]
+        most = MOST_COLUMNS[numbers_for(dtype, precise=self.precise).weight_parts]
         fits = all(dim % 8 == 0 and dim <= most for dim in (head_dim, value_dim))
         reason = unsupported_dtype(dtype, _DTYPES)
         return reason or ("" if fits else f"D and Dv of {dtype} must be multiples of 8, {most} at most")

@@ -13,7 +13,7 @@ from oocattn.units import ceil_div, round_up
 MOST_FOLDED_SPAN = 65_536  # keys of an item whose sums are folded
 PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
 ITEMS = 4  # items of a block; then it ends, and small kernels of other streams get in
-PART_NUMBERS = 5  # of float32 operands: the largest numbers of three tensors, two factors
+PART_NUMBERS = 5  # of operands in parts: the largest numbers of three tensors, two factors
 COUNTERS = 3  # of a listed call: the next item, tiles that are listed, items that are
 FEWEST_STEPS = 16  # of an item of a listed call that is cut
 _ITEM_STEPS = 3  # cost of an item beside its steps, in steps: fill the pipeline, add the state
@@ -85,10 +85,10 @@ def split_span(rows: int, keys: int, tuning: Tuning) -> int:
     return round_up(ceil_div(keys, spans), tuning.keys)
 
 
-def _part_bytes(group_size: int, rows: int, keys: int, head_dim: int, value_dim: int) -> tuple[int, ...]:
+def _part_bytes(call: CallSize, parts: int) -> tuple[int, ...]:
     """Bytes of the tensors that `in_parts` of parts.py allocates."""
-    widths = round_up(head_dim, PANEL), round_up(value_dim, PANEL)
-    return 4 * PART_NUMBERS, 4 * group_size * rows * widths[0], *(4 * keys * width for width in widths)
+    key_row, value_row = (2 * parts * round_up(dim, PANEL) for dim in (call.head_dim, call.value_dim))
+    return 4 * PART_NUMBERS, call.group_size * call.rows * key_row, call.keys * key_row, call.keys * value_row
 
 
 def scratch_sizes(call: CallSize, tuning: Tuning) -> tuple[int, ...]:
@@ -96,12 +96,12 @@ def scratch_sizes(call: CallSize, tuning: Tuning) -> tuple[int, ...]:
     heads, tile = call.group_size, tuning.rows
     tiles = ceil_div(call.rows, tile)
     sizes = [4 * (COUNTERS + heads * tiles * tuning.consumers)]
-    if tuning.parts == 2:
-        sizes += _part_bytes(heads, call.rows, call.keys, call.head_dim, call.value_dim)
+    if tuning.numbers.split:
+        sizes += _part_bytes(call, tuning.numbers.parts)
     if call.keys >= _FEWEST_SPLIT_KEYS:
         rows = min(heads * min(call.rows, _SPLIT_ROWS), _SPLIT_TILES * tile)
         results = min(PROCESSORS * tile, ceil_div(call.keys, tuning.keys) * rows)
-        sizes += [4 * results * (call.value_dim + 2), 2 * tuning.parts * rows * round_up(call.head_dim, PANEL)]
+        sizes += [4 * results * (call.value_dim + 2), 2 * tuning.numbers.parts * rows * round_up(call.head_dim, PANEL)]
     if call.masked or not call.plain:
         items = most_listed(heads, call.rows, min(call.keys, MOST_LISTED_KEYS), tuning)
         sizes.append(4 * (4 + (not call.plain)) * tiles * tile + 16 * (2 * tiles + items))

@@ -24,7 +24,7 @@ from oocattn.kernels.cuda.listing import MOST_PIECES, list_items
 from oocattn.kernels.cuda.merging import State, gather, row_strides, state_of
 from oocattn.kernels.cuda.parts import in_parts
 from oocattn.kernels.cuda.program import Program, checked
-from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Tuning, tuning_for
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Numbers, Tuning, numbers_for, tuning_for
 from oocattn.kernels.intervals import Band
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.state import AttentionState
@@ -68,16 +68,13 @@ class Variant(NamedTuple):
     @property
     def tuning(self) -> Tuning:
         """The cut of the program."""
-        parts = 2 if self.dtype == torch.float32 else 1
         plain = not (self.softcap or self.slopes or self.bias)
-        return tuning_for(
-            self.head_dim,
-            self.value_dim,
-            long=self.long,
-            plain=plain,
-            parts=parts,
-            weight_parts=max(parts, 1 + self.precise),
-        )
+        return tuning_for(self.head_dim, self.value_dim, self.numbers, long=self.long, plain=plain)
+
+    @property
+    def numbers(self) -> Numbers:
+        """How its numbers are multiplied."""
+        return numbers_for(str(self.dtype).removeprefix("torch."), precise=self.precise)
 
 
 def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
@@ -95,7 +92,7 @@ def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
     long = operands.keys > FOLDED_KEYS
     variant = Variant(query.shape[-1], value.shape[-1], query.dtype, precise, long, False, False, *terms)
     band, unscaled = operands.band, None
-    if query.dtype == torch.float32:
+    if variant.numbers.split:
         operands, unscaled = in_parts(operands)
     windowed = band is not None and not band.is_open_below(operands.rows)
     if band is None or windowed or variant.slopes:
@@ -253,12 +250,13 @@ def program_for(variant: Variant) -> Program:
         "CONSUMERS": tuning.consumers,
         "KEYS": tuning.keys,
         "STAGES": tuning.stages,
-        "PARTS": tuning.parts,
-        "WEIGHT_PARTS": tuning.weight_parts,
+        "PARTS": tuning.numbers.parts,
+        "WEIGHT_PARTS": tuning.numbers.weight_parts,
+        "SCALED": int(tuning.numbers.split),
         "RESTART": tuning.restart,
         "FOLD": tuning.fold,
         "ITEMS": ITEMS,
-        "BFLOAT16": int(variant.dtype == torch.bfloat16),
+        "BFLOAT16": int(variant.dtype == torch.bfloat16 and not tuning.numbers.split),
         **{name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias")},
         "MOST_SLOPES": MOST_SLOPES,
         "SHARED_BYTES": tuning.shared_bytes,

@@ -1,4 +1,4 @@
-"""float32 operands as two float16 parts of each number (split.cu), for the matrix units."""
+"""Operands as scaled float16 parts of their numbers (split.cu), for the matrix units."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ class _Tensors(ctypes.Structure):
 
 
 def in_parts(operands: Operands) -> tuple[Operands, torch.Tensor]:
-    """Operands of float16 [.., 2 D], whose D are padded to whole panels, and the factors that undo their scales.
+    """Operands of float16 [.., D] of bfloat16 ones, [.., 2 D] of float32, and the factors that undo their scales.
 
-    Launches on torch's current stream, and waits for nothing.
+    D are padded to whole panels. Launches on torch's current stream, and waits for nothing.
     """
     given = operands.query, operands.key.unsqueeze(0), operands.value.unsqueeze(0)
-    device = operands.query.device
+    device, dtype = operands.query.device, operands.query.dtype
+    count = 2 if dtype == torch.float32 else 1
     numbers = torch.zeros(PART_NUMBERS, dtype=torch.float32, device=device)
     parts = [
-        torch.empty((*tensor.shape[:2], 2 * round_up(tensor.shape[2], PANEL)), dtype=torch.float16, device=device)
+        torch.empty((*tensor.shape[:2], count * round_up(tensor.shape[2], PANEL)), dtype=torch.float16, device=device)
         for tensor in given
     ]
     rows = [
@@ -51,13 +52,13 @@ def in_parts(operands: Operands) -> tuple[Operands, torch.Tensor]:
         for tensor, part in zip(given, parts, strict=True)
     ]
     tensors = _Tensors((_Rows * 3)(*rows), numbers.data_ptr(), numbers.data_ptr() + 12)
-    blocks = min(ceil_div(max(part.numel() for part in parts), 2 * _VECTOR * _THREADS), _MOST_BLOCKS)
+    blocks = min(ceil_div(max(part.numel() for part in parts), count * _VECTOR * _THREADS), _MOST_BLOCKS)
     for kernel in ("find", "split"):
-        _program().launch(kernel, device, 3 * blocks, _THREADS, (tensors,))
+        _program(dtype).launch(kernel, device, 3 * blocks, _THREADS, (tensors,))
     query, key, value = parts
     return replace(operands, query=query, key=key[0], value=value[0]), numbers[3:]
 
 
 @cache
-def _program() -> Program:
-    return Program("split.cu", {})
+def _program(dtype: torch.dtype) -> Program:
+    return Program("split.cu", {"BFLOAT16": int(dtype == torch.bfloat16)})

@@ -1,15 +1,24 @@
-// float32 rows as two float16 parts of their scaled numbers, for the matrix units.
+// Rows of the inputs as float16 parts of their scaled numbers, for the matrix units: two of float32, one of bfloat16.
 //
-// x scaled by a power of two is `first + second` to 22 bits: float16 has 11, and so has what is left. The largest number of a
-// tensor is scaled to [2^14, 2^15), so that second parts, 2^-12 of the first, keep their bits over 27 powers of two. `find`
-// looks for the largest numbers; `split` writes the parts, [first parts of a row | second parts], each padded by zeros to
-// whole panels. Of each three blocks, each takes its share of one tensor.
+// x scaled by a power of two is `first + second` to 22 bits: float16 has 11, and so has what is left; a bfloat16 has 8. The
+// largest number of a tensor is scaled to [2^14, 2^15), so that second parts, 2^-12 of the first, keep their bits over 27
+// powers of two. `find` looks for the largest numbers; `split` writes the parts, [first parts of a row | second parts], each
+// padded by zeros to whole panels. Of each three blocks, each takes its share of one tensor.
+//
+// Compiled with BFLOAT16 (0 or 1: what the inputs are, bfloat16 or float32).
 
 constexpr int PANEL = 64, VECTOR = 8;  // numbers that a thread takes at a time
 constexpr unsigned INFINITE = 0x7F800000;
+#if BFLOAT16
+typedef unsigned short Number;
+constexpr int PARTS = 1;
+#else
+typedef float Number;
+constexpr int PARTS = 2;
+#endif
 
 struct Rows {
-    const float* from;
+    const Number* from;
     unsigned short* to;
     long long head, row;  // strides of `from`
     int heads, count, dim;
@@ -34,10 +43,18 @@ __device__ void each_vector(const Rows& rows, int width, Take take) {
 }
 
 __device__ void load_vector(const Rows& rows, long long row, int column, float (&numbers)[VECTOR]) {
-    const float* from = rows.from + row / rows.count * rows.head + row % rows.count * rows.row + column;
-    const float4 two[2] = {reinterpret_cast<const float4*>(from)[0], reinterpret_cast<const float4*>(from)[1]};
+    const Number* from = rows.from + row / rows.count * rows.head + row % rows.count * rows.row + column;
+    const uint4* vectors = reinterpret_cast<const uint4*>(from);
+#if BFLOAT16
+    const unsigned pairs[4] = {vectors->x, vectors->y, vectors->z, vectors->w};
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) numbers[i] = (&two[i / 4].x)[i % 4];
+    for (int i = 0; i < VECTOR; ++i) numbers[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000 : pairs[i / 2] << 16);
+#else
+    const uint4 low = vectors[0], high = vectors[1];
+    const unsigned bits[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) numbers[i] = __uint_as_float(bits[i]);
+#endif
 }
 
 extern "C" __global__ void find(const __grid_constant__ Tensors tensors) {
@@ -87,9 +104,9 @@ extern "C" __global__ void split(const __grid_constant__ Tensors tensors) {
             first[i] = narrowed(scaled);
             second[i] = narrowed(scaled - widened(first[i]));
         }
-        unsigned short* to = rows.to + row * 2 * width + column;
+        unsigned short* to = rows.to + row * PARTS * width + column;
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(first);
-        *reinterpret_cast<uint4*>(to + width) = *reinterpret_cast<const uint4*>(second);
+        if (PARTS == 2) *reinterpret_cast<uint4*>(to + width) = *reinterpret_cast<const uint4*>(second);
     });
     if (blockIdx.x || threadIdx.x) return;
     const unsigned* largest = tensors.largest;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 from oocattn.units import round_up
 
@@ -20,6 +21,22 @@ _OTHER_BYTES = 3072  # of it: barriers, items, and up to 1,024 that align the re
 _REGISTERS = 192  # of the 232 of a thread, for scores, weights and sums; the others are for addresses and the softmax
 
 
+class Numbers(NamedTuple):
+    """The 16-bit parts of a number of the rows and of a weight, 1 or 2, and whether split.cu makes the former."""
+
+    parts: int
+    weight_parts: int
+    split: bool
+
+
+def numbers_for(dtype: str, *, precise: bool) -> Numbers:
+    """How rows of a dtype are multiplied; `precise` keeps two parts of a weight also where one would have their bits."""
+    if dtype == "float32":
+        return Numbers(2, 2, split=True)
+    # Two bfloat16 parts of a weight have 16 bits, two of float16 22: and float16 holds all bfloat16 numbers, scaled.
+    return Numbers(1, 1 + precise, split=precise and dtype == "bfloat16")
+
+
 @dataclass(frozen=True)
 class Tuning:
     """The cut of one program."""
@@ -27,8 +44,7 @@ class Tuning:
     consumers: int
     keys: int
     stages: int
-    parts: int
-    weight_parts: int
+    numbers: Numbers
     folds: bool
     shared_bytes: int
 
@@ -40,7 +56,7 @@ class Tuning:
     @property
     def restart(self) -> int:
         """Steps after which sums are added up in registers; 0: never."""
-        return RESTARTED_KEYS // self.keys if self.weight_parts == 2 else 0
+        return RESTARTED_KEYS // self.keys if self.numbers.weight_parts == 2 else 0
 
     @property
     def fold(self) -> int:
@@ -49,13 +65,13 @@ class Tuning:
 
 
 @cache
-def tuning_for(head_dim: int, value_dim: int, *, long: bool, plain: bool, parts: int = 1, weight_parts: int = 1) -> Tuning:
+def tuning_for(head_dim: int, value_dim: int, numbers: Numbers, *, long: bool, plain: bool) -> Tuning:
     """The tuning for D = head_dim and Dv = value_dim, up to MOST_COLUMNS.
 
     `long` says that calls may have more than FOLDED_KEYS keys: shorter ones have room for another stage instead. `plain`
-    says that scores have no term but the scale: terms need the registers of a third consumer. `parts` and `weight_parts`
-    are those of a number of the rows and of a weight, 1 or 2.
+    says that scores have no term but the scale: terms need the registers of a third consumer.
     """
+    parts, weight_parts, _ = numbers
     widths = round_up(head_dim, PANEL), round_up(value_dim, PANEL)
     cuts = [(2, keys) for keys in _STEPS]
     if plain and widths[1] <= PANEL and weight_parts == 1:
@@ -67,5 +83,5 @@ def tuning_for(head_dim: int, value_dim: int, *, long: bool, plain: bool, parts:
         sums = widths[1] // 2 * weight_parts  # with those that are added up
         registers = sums + keys // 2 + weight_parts * keys // 4
         if shared <= _SHARED_BYTES and registers <= _REGISTERS and (weight_parts == 1 or RESTARTED_KEYS % keys == 0):
-            return Tuning(consumers, keys, stages, parts, weight_parts, folds, shared)
+            return Tuning(consumers, keys, stages, numbers, folds, shared)
     raise ValueError(f"D = {head_dim}, Dv = {value_dim}: expected {MOST_COLUMNS[weight_parts]} at most")
