@@ -52,3 +52,12 @@ def continued_far_away(state: AttentionState, slopes: Sequence[float], distance:
     state.num.mul_(factor.unsqueeze(-1))
     state.den.mul_(factor)
     state.max.copy_(torch.where(stayed, before, lowered))
+
+
+def shifted_far_away(shift: torch.Tensor, slopes: Sequence[float], distance: Int64s) -> torch.Tensor:
+    """Shifts [g, n] of scores that lack -slope * distance [rows], for the slope of each head."""
+    if not distance.any():
+        return shift
+    lacking = torch.from_numpy(np.outer(np.array(slopes, np.float64), distance))
+    lacking = lacking.pin_memory().to(shift.device, non_blocking=True) if shift.is_cuda else lacking
+    return lacking.add_(shift).float()

@@ -7,6 +7,8 @@
 // * PARTS: 16-bit parts of a number of the rows, 1, or 2 of float32 ones: the columns of all first parts come before those of
 //   the second ones. The products of two second parts, 2^-24 of the whole, are left out.
 // * SCALED (0 or 1): whether split.cu has made the parts.
+// * SHIFTED (0 or 1): whether the shifts of rows are given, as of a second pass: weights are scores less these, the state's
+//   maximum is 0.
 // * WEIGHT_PARTS: the same of a weight.
 // * RESTART: steps after which the sums of the matrix units, which truncate, are added to others in float32, in registers; 0:
 //   FOLD steps, in shared memory; if that is 0 too, at the end of an item.
@@ -28,7 +30,7 @@ constexpr int PANEL = 64;  // columns of 16 bits in the 128 bytes that TMA and t
 constexpr int KEY_PANELS = (HEAD_DIM + PANEL - 1) / PANEL;  // of each part; columns beyond HEAD_DIM are filled with zeros
 constexpr int VALUE_PANELS = (VALUE_DIM + PANEL - 1) / PANEL;
 constexpr int KEY_PRODUCTS = (HEAD_DIM + 15) / 16;  // of 16 columns
-constexpr int SUMS = VALUE_PANELS * PANEL / 2;
+constexpr int SUMS = VALUE_DIM <= 16 ? 8 : VALUE_PANELS * PANEL / 2;
 constexpr int ROW_BYTES = 2 * PANEL;  // of a panel
 constexpr int QUERY_PART = KEY_PANELS * ROWS * ROW_BYTES, QUERY_BYTES = PARTS * QUERY_PART;
 constexpr int KEY_PART = KEY_PANELS * KEYS * ROW_BYTES, KEY_BYTES = PARTS * KEY_PART;  // of a stage
@@ -303,6 +305,9 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         Weights weights;
         Sums sums;
         Softmax softmax;
+#if SHIFTED
+        softmax.take_shift(call, item.head, first_row);
+#endif
 
         auto weigh = [&](int step, bool first) {
 #if LISTED
@@ -312,7 +317,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
             const int key = item.key(step);
             const bool masked = step * KEYS < whole_start || (step + 1) * KEYS > whole_stop;
 #endif
-            if (PLAIN && !first && !masked) {  // in nearly all steps the shift does, and no maximum is needed
+            if (PLAIN && !SHIFTED && !first && !masked) {  // in nearly all steps the shift does, and no maximum is needed
                 if (softmax.keep_shift(scores, scale)) return false;
                 multiply_again(scores, shared.query + consumer * 64 * ROW_BYTES, shared.key[keys.stage()]);
             }
@@ -329,7 +334,12 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
                 mask(scores, start, stop);
 #endif
             }
+#if SHIFTED
+            softmax.keep_given_shift(scores, PLAIN ? scale : 1.0f);
+            return false;
+#else
             return softmax.find_shift(scores, PLAIN ? scale : 1.0f, factor);
+#endif
         };
         auto begin_step = [&] {
             hold(scores);
@@ -389,9 +399,13 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         end_sums();
         sums.fold(steps, true, shared);
         float (&num)[SUMS] = sums.all();
+        float back = SCALED ? call.unscaled[1] : 1.0f;
+#if SHIFTED
+        back *= softmax.drop_shift();
+#endif
         if (SCALED)
 #pragma unroll
-            for (int i = 0; i < SUMS; ++i) num[i] *= call.unscaled[1];
+            for (int i = 0; i < SUMS; ++i) num[i] *= back;
 #if SPLIT
         write_state(state, call, item, first_row, num, softmax);
 #else

@@ -7,6 +7,7 @@ of keys.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
@@ -14,11 +15,13 @@ import torch
 
 from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
 from oocattn.kernels.cuda.items import scratch_sizes
-from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, numbers_for, tuning_for
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, Numbers, numbers_for, tuning_for
 from oocattn.kernels.kernel import HALF_DTYPES, Kernel, Operands, unsupported_dtype
+from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
 from oocattn.problem.scores import Scores
+from oocattn.problem.second_pass import VECTORS, SecondPass
 
 logger = logging.getLogger("oocattn")
 
@@ -35,10 +38,9 @@ class HopperKernel(Kernel):
     rounds_weights = True
     max_masked_keys = 1 << 18  # documents at D = 64: 495 TFLOP/s, with 64K keys 450 (H200); spans have 16K keys all the same
 
-    @property
-    def precise(self) -> bool:
-        """Whether weights of 16-bit operands have two parts too."""
-        return not self.rounds_weights
+    def numbers(self, dtype: str) -> Numbers:
+        """How rows of a dtype are multiplied."""
+        return numbers_for(dtype, precise=not self.rounds_weights, shifted=self.shifted)
 
     def attend(self, operands: Operands, state: AttentionState) -> None:
         """Launch what there is to do.
@@ -49,12 +51,13 @@ class HopperKernel(Kernel):
         operands.check(state)
         self._check_limits(operands, state)
         if operands.rows and operands.keys:
-            import_module("oocattn.kernels.cuda.launch").attend(operands, state, precise=self.precise)
+            import_module("oocattn.kernels.cuda.launch").attend(operands, state, precise=not self.rounds_weights)
 
     def scratch_bytes(self, call: CallSize) -> int:
         """Parts of float32 numbers, counters, bounds and items, results of a split call; not the copies of odd tensors."""
-        numbers = numbers_for(call.dtype, precise=self.precise)
-        long = call.keys > FOLDED_KEYS
+        if self.shifted:
+            call = replace(call, value_dim=VECTORS)
+        numbers, long = self.numbers(call.dtype), call.keys > FOLDED_KEYS
         tuning = tuning_for(call.head_dim, call.value_dim, numbers, long=long, plain=call.plain)
         return allocated_bytes(*scratch_sizes(call, tuning))
 
@@ -64,7 +67,7 @@ class HopperKernel(Kernel):
 
     def _operands_reason(self, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why rows of `dtype`, D = head_dim and Dv = value_dim cannot be read; "" if they can."""
-        most = MOST_COLUMNS[numbers_for(dtype, precise=self.precise).weight_parts]
+        most = MOST_COLUMNS[self.numbers(dtype).weight_parts]
         fits = all(dim % 8 == 0 and dim <= most for dim in (head_dim, value_dim))
         reason = unsupported_dtype(dtype, _DTYPES)
         return reason or ("" if fits else f"D and Dv of {dtype} must be multiples of 8, {most} at most")
@@ -84,8 +87,11 @@ class HopperKernel(Kernel):
         """The reason why it does not compile or load here; "" if it does."""
         key, value = (torch.zeros(1, dim, dtype=getattr(torch, dtype), device=device) for dim in (head_dim, value_dim))
         try:
-            state = AttentionState.empty(1, 1, value_dim, device)
-            cls().attend(Operands(key.unsqueeze(0), key, value, Scores(1.0)), state)
+            operands = Operands(key.unsqueeze(0), key, value, Scores(1.0))
+            if cls.shifted:
+                operands = of_second_pass(operands, SecondPass(0), torch.zeros(1, 1, device=device))
+            state = AttentionState.empty(1, 1, VECTORS if cls.shifted else value_dim, device)
+            cls().attend(operands, state)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
@@ -93,6 +99,13 @@ class HopperKernel(Kernel):
             logger.warning("the kernel %s is not available (%s); a library's kernel is used in its place", cls.name, reason)
             return reason
         return ""
+
+
+class HopperWeightsKernel(HopperKernel):
+    """Second passes that prove a result: weights of known shifts, as two float16 parts where inputs are float32, else one."""
+
+    name = "hopper-weights"
+    shifted = True
 
 
 class HopperPreciseKernel(HopperKernel):

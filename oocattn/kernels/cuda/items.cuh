@@ -46,7 +46,8 @@ struct Call {
     const int* positions;            // of each row: the key from which distances are counted
     const float* bias;               // of each key
     const float* unscaled;           // of rows in parts: factors that bring back products, and values
-    long long bias_head;             // from one head's to the next
+    const float* shift;              // of each row, where shifts are given
+    long long shift_head, bias_head;  // from one head's to the next
     float slopes[MOST_SLOPES];       // of each head, times -log2(e)
 };
 

@@ -11,6 +11,7 @@ import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import pairwise, product
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 from cuda.bindings import driver
 
-from oocattn.kernels.cuda.far import brought_near, continued_far_away
+from oocattn.kernels.cuda.far import brought_near, continued_far_away, shifted_far_away
 from oocattn.kernels.cuda.items import ITEMS, MOST_LISTED_KEYS, MOST_SPLIT_KEYS, choose_span, is_split, split_span
 from oocattn.kernels.cuda.listing import MOST_PIECES, list_items
 from oocattn.kernels.cuda.merging import State, gather, row_strides, state_of
@@ -45,8 +46,8 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_int) for name in ("heads", "rows", "keys", "span", "lower", "upper")],
         *[(name, ctypes.c_float) for name in ("scale", "cap")],
-        *[(name, ctypes.c_void_p) for name in (*_ADDRESSES, "bias", "unscaled")],
-        ("bias_head", ctypes.c_longlong),
+        *[(name, ctypes.c_void_p) for name in (*_ADDRESSES, "bias", "unscaled", "shift")],
+        *[(name, ctypes.c_longlong) for name in ("shift_head", "bias_head")],
         ("slopes", ctypes.c_float * MOST_SLOPES),
     )
 
@@ -64,6 +65,7 @@ class Variant(NamedTuple):
     softcap: bool = False
     slopes: bool = False
     bias: bool = False
+    shifted: bool = False
 
     @property
     def tuning(self) -> Tuning:
@@ -74,44 +76,54 @@ class Variant(NamedTuple):
     @property
     def numbers(self) -> Numbers:
         """How its numbers are multiplied."""
-        return numbers_for(str(self.dtype).removeprefix("torch."), precise=self.precise)
+        return numbers_for(str(self.dtype).removeprefix("torch."), precise=self.precise, shifted=self.shifted)
 
 
 def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
     """Add attention to `state`, in place; see `Kernel.attend`.
 
     float16, bfloat16 or float32, D and Dv multiples of 8 up to `MOST_COLUMNS`; n and m are not 0. `precise` keeps two parts
-    of a weight of 16-bit rows.
+    of a weight of 16-bit rows. Operands with a shift have a projection, too.
     """
     given = (operands.query, operands.key, operands.value)
     query, key, value = map(_aligned, given)
     if any(tensor is not each for tensor, each in zip((query, key, value), given, strict=True)):
-        operands = Operands(query, key, value, operands.scores, operands.intervals, operands.slopes, operands.key_bias)
+        operands = replace(operands, query=query, key=key, value=value)
     cap = operands.scores.softcap
     terms = (cap is not None and cap < _NO_CAP, operands.slopes is not None, operands.key_bias is not None)
+    columns, shifted = state.num.shape[-1], operands.shift is not None
     long = operands.keys > FOLDED_KEYS
-    variant = Variant(query.shape[-1], value.shape[-1], query.dtype, precise, long, False, False, *terms)
-    band, unscaled = operands.band, None
+    variant = Variant(query.shape[-1], columns, query.dtype, precise, long, False, False, *terms, shifted)
+    unscaled = None
     if variant.numbers.split:
         operands, unscaled = in_parts(operands)
+    asked, band = _Asked(variant, operands, state, unscaled), operands.band
     windowed = band is not None and not band.is_open_below(operands.rows)
     if band is None or windowed or variant.slopes:
-        for part, own in _parts(operands, state):
-            _attend_listed(variant._replace(listed=True), part, own, unscaled)
+        for part in _parts(asked._replace(variant=variant._replace(listed=True))):
+            _attend_listed(part)
     elif band.lower < band.upper:
         rows, keys = operands.rows, operands.keys
         full = band.is_open_below(rows) and band.upper >= keys
         one_bias = operands.key_bias is None or len(operands.key_bias) == 1
         if full and one_bias and is_split(len(query), rows, keys, variant.tuning):
-            _attend_split(variant._replace(split=True), operands, state, unscaled)
+            _attend_split(asked._replace(variant=variant._replace(split=True)))
         else:
-            _attend_band(variant, operands, state, unscaled, band)
+            _attend_band(asked, band)
 
 
-def _attend_band(
-    variant: Variant, operands: Operands, state: AttentionState, unscaled: torch.Tensor | None, band: Band
-) -> None:
+class _Asked(NamedTuple):
+    """What is to be added to a state; `unscaled` has the factors of operands in parts."""
+
+    variant: Variant
+    operands: Operands
+    state: AttentionState
+    unscaled: torch.Tensor | None
+
+
+def _attend_band(asked: _Asked, band: Band) -> None:
     """Launch once for the keys of a band."""
+    variant, operands, state, _ = asked
     (group_size, rows, _), keys, tuning = operands.query.shape, operands.keys, variant.tuning
     band = Band(*(max(-rows, min(bound, keys)) for bound in band))  # more is the same
     span = choose_span(group_size, rows, keys, band, tuning)
@@ -120,41 +132,47 @@ def _attend_band(
     _check_count(operands, counters, items)
     turns = torch.zeros(counters, dtype=torch.int32, device=operands.query.device)
     addresses = (turns.data_ptr(), turns.data_ptr() + 4)
-    _launch(variant, operands, state_of(state), items, _call(variant, operands, unscaled, (span, *band), addresses))
+    _launch(asked, state_of(state), items, _call(asked, (span, *band), addresses))
 
 
-def _attend_listed(variant: Variant, operands: Operands, state: AttentionState, unscaled: torch.Tensor | None) -> None:
+def _attend_listed(asked: _Asked) -> None:
     """List the items on the GPU, then launch."""
-    assert operands.intervals is not None
-    query = operands.query
-    intervals = operands.intervals
+    variant, operands, state, _ = asked
+    query, intervals, slopes = operands.query, operands.intervals, operands.slopes
+    assert intervals is not None
     continued: AbstractContextManager[None] = nullcontext()
-    if operands.slopes is not None:
+    if slopes is not None:
         intervals, distance = brought_near(intervals)
-        continued = continued_far_away(state, operands.slopes, distance)
+        if operands.shift is None:
+            continued = continued_far_away(state, slopes, distance)
+        else:
+            nearer = replace(operands, shift=shifted_far_away(operands.shift, slopes, distance))
+            asked = asked._replace(operands=nearer)
     listed = list_items(len(query), intervals, variant.tuning, query.device, positions=variant.slopes)
     items = _LISTED_OF_TILE * listed.layout.tiles * len(query)
     _check_count(operands, listed.layout.counters, listed.layout.most_items * len(query))
-    call = _call(variant, operands, unscaled, (ceil_div(items, ITEMS), 0, 0), listed.addresses)
+    call = _call(asked, (ceil_div(items, ITEMS), 0, 0), listed.addresses)
     with continued:
-        _launch(variant, operands, state_of(state), items, call)
+        _launch(asked, state_of(state), items, call)
 
 
-def _attend_split(variant: Variant, operands: Operands, state: AttentionState, unscaled: torch.Tensor | None) -> None:
+def _attend_split(asked: _Asked) -> None:
     """Have each span of the keys attended by itself, by the rows of all heads, and merge what they give."""
+    variant, operands, state, _ = asked
     group_size, rows, head_dim = operands.query.shape
     packed = operands.query.reshape(1, group_size * rows, head_dim)
+    shift = None if operands.shift is None else operands.shift.reshape(1, group_size * rows)
     for first in range(0, operands.keys, MOST_SPLIT_KEYS):
         part = slice(first, first + MOST_SPLIT_KEYS)
         bias = None if operands.key_bias is None else operands.key_bias[:, part]
-        own = Operands(packed, operands.key[part], operands.value[part], operands.scores, key_bias=bias)
+        key, value = operands.key[part], operands.value[part]
+        own = Operands(packed, key, value, operands.scores, key_bias=bias, shift=shift)
         span = split_span(own.rows, own.keys, variant.tuning)
         spans = ceil_div(own.keys, span)
         results = torch.empty(spans * own.rows * (variant.value_dim + 2), dtype=torch.float32, device=packed.device)
         of_spans = _state_of_spans(results.data_ptr(), spans, own.rows, variant.value_dim)
-        items = spans * ceil_div(own.rows, variant.tuning.rows)
-        call = _call(variant, own, unscaled, (span, -own.rows, own.keys), ())
-        _launch(variant, own, of_spans, items, call)
+        items, of_part = spans * ceil_div(own.rows, variant.tuning.rows), asked._replace(operands=own)
+        _launch(of_part, of_spans, items, _call(of_part, (span, -own.rows, own.keys), ()))
         gather(state, of_spans, spans)
 
 
@@ -164,9 +182,10 @@ def _state_of_spans(address: int, spans: int, rows: int, value_dim: int) -> Stat
     return State(address, den, den + 4 * spans * rows, 0, 0, rows * value_dim, value_dim, rows, 1, rows, 1, 0, 0)
 
 
-def _parts(operands: Operands, state: AttentionState) -> Iterator[tuple[Operands, AttentionState]]:
+def _parts(asked: _Asked) -> Iterator[_Asked]:
     """The calls, one after another, that one launch each can hold: of rows, keys and heads."""
-    intervals = operands.intervals
+    _, operands, state, _ = asked
+    intervals, bias, shift = operands.intervals, operands.key_bias, operands.shift
     assert intervals is not None
     pieces = intervals.bounds.edges[:-1:MOST_PIECES].tolist()
     of_rows = [range(*ends) for ends in pairwise((*pieces, operands.rows)) if ends[0] < ends[1]]
@@ -176,10 +195,9 @@ def _parts(operands: Operands, state: AttentionState) -> Iterator[tuple[Operands
     step = MOST_SLOPES if operands.slopes else len(operands.query)
     of_heads = [slice(first, first + step) for first in range(0, len(operands.query), step)]
     if len(of_rows) == len(of_keys) == len(of_heads) == 1:
-        yield operands, state
+        yield asked
         return
     for heads, rows, keys in product(of_heads, of_rows, of_keys):
-        bias = operands.key_bias
         part = Operands(
             operands.query[heads, rows.start : rows.stop],
             operands.key[keys.start : keys.stop],
@@ -188,8 +206,10 @@ def _parts(operands: Operands, state: AttentionState) -> Iterator[tuple[Operands
             intervals.part(rows, keys),
             operands.slopes and operands.slopes[heads],
             None if bias is None else bias[heads if len(bias) > 1 else slice(1), keys.start : keys.stop],
+            shift=None if shift is None else shift[heads, rows.start : rows.stop],
         )
-        yield part, state.heads(*heads.indices(len(operands.query))[:2]).rows(rows.start, rows.stop)
+        of_part = state.heads(*heads.indices(len(operands.query))[:2]).rows(rows.start, rows.stop)
+        yield asked._replace(operands=part, state=of_part)
 
 
 def _check_count(operands: Operands, *counts: int) -> None:
@@ -199,14 +219,9 @@ def _check_count(operands: Operands, *counts: int) -> None:
         )
 
 
-def _call(
-    variant: Variant,
-    operands: Operands,
-    unscaled: torch.Tensor | None,
-    cut: tuple[int, int, int],
-    addresses: Sequence[int],
-) -> _Call:
+def _call(asked: _Asked, cut: tuple[int, int, int], addresses: Sequence[int]) -> _Call:
     """The argument `Call`: its `cut` is span, lower and upper, the addresses those of `Listed`, as many as are used."""
+    variant, operands, _, unscaled = asked
     call = _Call(len(operands.query), operands.rows, operands.keys, *cut)
     scale = operands.scores.scale
     call.scale, call.cap = scale * _LOG2E, 0.0
@@ -214,9 +229,12 @@ def _call(
         cap = operands.scores.softcap
         assert cap is not None
         call.scale, call.cap = min(scale / cap, _LARGEST), cap * _LOG2E
-    call.unscaled = None if unscaled is None else unscaled.data_ptr()
     for name, address in zip(_ADDRESSES, addresses, strict=False):
         setattr(call, name, address)
+    if unscaled is not None:
+        call.unscaled = unscaled.data_ptr()
+    if operands.shift is not None:
+        call.shift, call.shift_head = operands.shift.data_ptr(), operands.shift.stride(0)
     if operands.key_bias is not None:
         bias = operands.key_bias
         call.bias, call.bias_head = bias.data_ptr(), bias.stride(0) if len(bias) > 1 else 0
@@ -225,7 +243,8 @@ def _call(
     return call
 
 
-def _launch(variant: Variant, operands: Operands, state: State, items: int, call: _Call) -> None:
+def _launch(asked: _Asked, state: State, items: int, call: _Call) -> None:
+    variant, operands, _, _ = asked
     tuning, device = variant.tuning, operands.query.device
     keys, values = operands.key.unsqueeze(0), operands.value.unsqueeze(0)
     maps = [_tensor_map(operands.query, tuning.rows), *(_tensor_map(tensor, tuning.keys) for tensor in (keys, values))]
@@ -257,7 +276,9 @@ def program_for(variant: Variant) -> Program:
         "FOLD": tuning.fold,
         "ITEMS": ITEMS,
         "BFLOAT16": int(variant.dtype == torch.bfloat16 and not tuning.numbers.split),
-        **{name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias")},
+        **{
+            name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias", "shifted")
+        },
         "MOST_SLOPES": MOST_SLOPES,
         "SHARED_BYTES": tuning.shared_bytes,
     }

@@ -15,7 +15,8 @@
 constexpr int SCORES = KEYS / 2;  // of each of the 128 threads of a consumer: two rows, and of 8 columns two at a time
 // How far, in powers of two, scores are above the shift when it is raised, and how much further they may rise before it is
 // raised again. Where weights have two parts they begin high, so that the second, 2^-12 of the first, has its bits in float16.
-constexpr float LIFT = WEIGHT_PARTS == 2 && !BFLOAT16 ? 7.0f : 0.0f;
+// Weights of given shifts are 1 at most: they are lifted as far as float16 goes.
+constexpr float LIFT = SHIFTED ? 15.0f : WEIGHT_PARTS == 2 && !BFLOAT16 ? 7.0f : 0.0f;
 constexpr float RISE = 8.0f;
 constexpr float MOST_SUM = WEIGHT_PARTS == 2 ? 32768.0f : 4096.0f;  // of a thread's weights of a row and step: below 2^16
 constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number
@@ -35,6 +36,36 @@ struct Softmax {
             scores[i] = __fsub_rn(__fmul_rn(scores[i], scale), less[i / 2 % 2]) * back;
         less[0] = less[1] = 0.0f;
     }
+
+#if SHIFTED
+    // The shifts of a thread's two rows. One of -inf is of a row without keys, whose weights are 0.
+    __device__ __forceinline__ void take_shift(const Call& call, int head, int first_row) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = first_row + 8 * i;
+            const float natural = row < call.rows ? call.shift[head * call.shift_head + row] : 0.0f;
+            shift[i] = natural == MINUS_INFINITY ? -MINUS_INFINITY : fmaf(natural, LOG2E, -LIFT);
+        }
+    }
+
+    // Turn scores into weights.
+    __device__ __forceinline__ void keep_given_shift(float (&scores)[SCORES], float scale) {
+        float less[2] = {shift[0], shift[1]}, sum[2];
+        if (fmaxf(fabsf(less[0]), fabsf(less[1])) > LARGE) subtract(scores, scale, less);
+        exponentiate(scores, scale, less, sum);
+        den[0] += sum[0];
+        den[1] += sum[1];
+    }
+
+    // Bring sums of weights back to a maximum of 0, and return the factor for others.
+    __device__ __forceinline__ float drop_shift() {
+        const float back = exp2_of(-LIFT);
+        shift[0] = shift[1] = 0.0f;
+        den[0] *= back;
+        den[1] *= back;
+        return back;
+    }
+#endif
 
     // Turn scores into weights by the shift as it is. False where it does not do for one of the warp's rows, in this step: then
     // the scores are lost.

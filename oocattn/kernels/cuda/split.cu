@@ -1,33 +1,34 @@
-// Rows of the inputs as float16 parts of their scaled numbers, for the matrix units: two of float32, one of bfloat16.
+// Rows of the inputs as float16 parts of their scaled numbers, for the matrix units: two of float32, one of 16-bit numbers.
 //
 // x scaled by a power of two is `first + second` to 22 bits: float16 has 11, and so has what is left; a bfloat16 has 8. The
 // largest number of a tensor is scaled to [2^14, 2^15), so that second parts, 2^-12 of the first, keep their bits over 27
 // powers of two. `find` looks for the largest numbers; `split` writes the parts, [first parts of a row | second parts], each
-// padded by zeros to whole panels. Of each three blocks, each takes its share of one tensor.
+// padded by zeros to whole panels. Of each three blocks, each takes its share of one tensor. Values may be projected before.
 //
-// Compiled with BFLOAT16 (0 or 1: what the inputs are, bfloat16 or float32).
+// Compiled with MOST_COLUMNS (of values that are projected).
 
-constexpr int PANEL = 64, VECTOR = 8;  // numbers that a thread takes at a time
+constexpr int PANEL = 64, VECTOR = 8;  // numbers that a thread takes at a time, and columns of a projection
 constexpr unsigned INFINITE = 0x7F800000;
-#if BFLOAT16
-typedef unsigned short Number;
-constexpr int PARTS = 1;
-#else
-typedef float Number;
-constexpr int PARTS = 2;
-#endif
+
+enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
 struct Rows {
-    const Number* from;
+    const void* from;
     unsigned short* to;
-    long long head, row;  // strides of `from`
+    long long head, row;  // strides of `from`, in numbers
     int heads, count, dim;
+    int kind, parts;
+    int depth;  // columns that are projected to `dim`; 0: none
 };
 
 struct Tensors {
-    Rows of[3];        // query, key, value
+    Rows of[3];         // query, key, value
     unsigned* largest;  // of each, the bits of its largest finite number; 0 at first
-    float* unscaled;   // what brings back products of queries and keys, and values
+    float* unscaled;    // what brings back products of queries and keys, and values
+};
+
+struct Projection {
+    float of[MOST_COLUMNS][VECTOR];
 };
 
 __device__ int padded(const Rows& rows) { return (rows.dim + PANEL - 1) / PANEL * PANEL; }
@@ -42,27 +43,60 @@ __device__ void each_vector(const Rows& rows, int width, Take take) {
         take(at / of_row, int(at % of_row) * VECTOR);
 }
 
-__device__ void load_vector(const Rows& rows, long long row, int column, float (&numbers)[VECTOR]) {
-    const Number* from = rows.from + row / rows.count * rows.head + row % rows.count * rows.row + column;
-    const uint4* vectors = reinterpret_cast<const uint4*>(from);
-#if BFLOAT16
-    const unsigned pairs[4] = {vectors->x, vectors->y, vectors->z, vectors->w};
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) numbers[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xFFFF0000 : pairs[i / 2] << 16);
-#else
-    const uint4 low = vectors[0], high = vectors[1];
-    const unsigned bits[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) numbers[i] = __uint_as_float(bits[i]);
-#endif
+__device__ float widened(unsigned short bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
 }
 
-extern "C" __global__ void find(const __grid_constant__ Tensors tensors) {
+__device__ unsigned short narrowed(float x) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// Eight numbers of a row, of which 16 bytes are loaded at a time.
+__device__ void load_numbers(const Rows& rows, long long row, int column, float (&numbers)[VECTOR]) {
+    const long long at = row / rows.count * rows.head + row % rows.count * rows.row + column;
+    if (rows.kind == FLOAT32) {
+        const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(rows.from) + at);
+        const float4 low = from[0], high = from[1];
+        const float all[VECTOR] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) numbers[i] = all[i];
+        return;
+    }
+    const uint4 from = *reinterpret_cast<const uint4*>(static_cast<const unsigned short*>(rows.from) + at);
+    const unsigned pairs[VECTOR / 2] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const unsigned short bits = pairs[i / 2] >> i % 2 * 16;
+        numbers[i] = rows.kind == BFLOAT16 ? __uint_as_float(unsigned(bits) << 16) : widened(bits);
+    }
+}
+
+// The same of what is to be split.
+__device__ void load_vector(
+    const Rows& rows, const Projection& projection, long long row, int column, float (&numbers)[VECTOR]) {
+    if (!rows.depth) return load_numbers(rows, row, column, numbers);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) numbers[i] = 0.0f;
+    for (int first = 0; first < rows.depth; first += VECTOR) {
+        float own[VECTOR];
+        load_numbers(rows, row, first, own);
+#pragma unroll
+        for (int at = 0; at < VECTOR; ++at)
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) numbers[i] = fmaf(own[at], projection.of[first + at][i], numbers[i]);
+    }
+}
+
+extern "C" __global__ void find(const __grid_constant__ Tensors tensors, const __grid_constant__ Projection projection) {
     const Rows& rows = tensors.of[blockIdx.x % 3];
     unsigned largest = 0;
     each_vector(rows, rows.dim, [&](long long row, int column) {
         float numbers[VECTOR];
-        load_vector(rows, row, column, numbers);
+        load_vector(rows, projection, row, column, numbers);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
             const unsigned bits = __float_as_uint(numbers[i]) & 0x7FFFFFFF;
@@ -78,25 +112,13 @@ __device__ int scale_of(unsigned largest) { return min(14 + 127 - int(largest >>
 
 __device__ float power_of_two(int exponent) { return __uint_as_float(unsigned(exponent + 127) << 23); }
 
-__device__ unsigned short narrowed(float x) {
-    unsigned short bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
-}
-
-__device__ float widened(unsigned short bits) {
-    float x;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-    return x;
-}
-
-extern "C" __global__ void split(const __grid_constant__ Tensors tensors) {
+extern "C" __global__ void split(const __grid_constant__ Tensors tensors, const __grid_constant__ Projection projection) {
     const Rows& rows = tensors.of[blockIdx.x % 3];
     const int width = padded(rows);
     const float scale = power_of_two(scale_of(tensors.largest[blockIdx.x % 3]));
     each_vector(rows, width, [&](long long row, int column) {
         float numbers[VECTOR] = {};
-        if (column < rows.dim) load_vector(rows, row, column, numbers);
+        if (column < rows.dim) load_vector(rows, projection, row, column, numbers);
         alignas(16) unsigned short first[VECTOR], second[VECTOR];
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
@@ -104,9 +126,9 @@ extern "C" __global__ void split(const __grid_constant__ Tensors tensors) {
             first[i] = narrowed(scaled);
             second[i] = narrowed(scaled - widened(first[i]));
         }
-        unsigned short* to = rows.to + row * PARTS * width + column;
+        unsigned short* to = rows.to + row * rows.parts * width + column;
         *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(first);
-        if (PARTS == 2) *reinterpret_cast<uint4*>(to + width) = *reinterpret_cast<const uint4*>(second);
+        if (rows.parts == 2) *reinterpret_cast<uint4*>(to + width) = *reinterpret_cast<const uint4*>(second);
     });
     if (blockIdx.x || threadIdx.x) return;
     const unsigned* largest = tensors.largest;

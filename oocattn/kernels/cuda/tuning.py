@@ -29,10 +29,16 @@ class Numbers(NamedTuple):
     split: bool
 
 
-def numbers_for(dtype: str, *, precise: bool) -> Numbers:
-    """How rows of a dtype are multiplied; `precise` keeps two parts of a weight also where one would have their bits."""
+def numbers_for(dtype: str, *, precise: bool = False, shifted: bool = False) -> Numbers:
+    """How rows of a dtype are multiplied.
+
+    `precise` keeps two parts of a weight also where one would have their bits. Projected values of `shifted` calls are
+    split, and with them all numbers.
+    """
     if dtype == "float32":
         return Numbers(2, 2, split=True)
+    if shifted:
+        return Numbers(1, 1, split=True)
     # Two bfloat16 parts of a weight have 16 bits, two of float16 22: and float16 holds all bfloat16 numbers, scaled.
     return Numbers(1, 1 + precise, split=precise and dtype == "bfloat16")
 
