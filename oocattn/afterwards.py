@@ -19,6 +19,7 @@ from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
+from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
 from oocattn.storage.paths import ALL_ROWS, LOCKS, ResultLike, ResultPaths
@@ -106,7 +107,8 @@ def _every_row(
 
     first = FirstPass.open(*place)
     with second_pass(first, Asked(SecondPass(seed), ALL_ROWS, other=True), host_memory, *carrying_out) as second:
-        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first))
+        rounds = weights_dtype(first.problem.dtype, second.plan.rounds_weights) != "float32"
+        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first), rounds)
 
 
 @checked(

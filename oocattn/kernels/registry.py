@@ -38,6 +38,9 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
     "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", default="never", shifted=True),
     "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True),
     "hopper-precise": _Registration("oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise"),
+    "hopper-weights": _Registration(
+        "oocattn.kernels.cuda.hopper", "HopperWeightsKernel", "cuda", default="never", shifted=True, rounds_weights=True
+    ),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda", rounds_weights=True),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda", rounds_weights=True),
     "flash": _Registration("oocattn.kernels.libraries.aten", "FlashKernel", "cuda", rounds_weights=True),
@@ -86,6 +89,13 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int, value_
         f"no kernel attends {_operands(dtype, head_dim, value_dim)} on {device}: "
         f"{found or 'there are kernels for cpu and cuda'}"
     )
+
+
+def proving_kernel(device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> str:
+    """The name of the kernel of second passes that prove a result, on a device or, if none serves there, on the CPU."""
+    device = _known_device(device)
+    names = _names_for(device.type, shifted=True)
+    return next((name for name in names if not _reason(name, device, dtype, head_dim, value_dim, False)), "weights")
 
 
 def require_kernel(

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
+from oocattn.kernels.registry import proving_kernel
 from oocattn.naming import as_given, named
 from oocattn.pipelines import session
 from oocattn.pipelines.engines.base import warn_of_failure
@@ -21,6 +22,7 @@ from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
+from oocattn.planning.measure import choose_device
 from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import SecondPass
 from oocattn.storage.files.operations import words_of
@@ -31,8 +33,6 @@ from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.summary import PlanRecord, ResultAttributes
 from oocattn.units import format_bytes
-
-KERNEL = "weights"
 
 _OTHER_DIVISION = {"cqs": "strips", "strips": "cqs"}
 
@@ -67,20 +67,20 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass leaves: its arrays, where they are, and the division by which they were computed."""
+    """What a pass leaves: its arrays, where they are, and what it records of its plan."""
 
     arrays: ResultArrays
     location: str
-    decomposition: str
+    plan: PlanRecord
 
     @property
     def computed_by(self) -> str:
         """Kernel and division, in words."""
-        return f"{KERNEL}, {self.decomposition}"
+        return f"{self.plan.kernel}, {self.plan.decomposition}"
 
     def is_other(self, first: FirstPass) -> bool:
         """Whether kernel and division are both others than those of the first pass."""
-        return first.plan.kernel != KERNEL and self.decomposition != first.plan.decomposition
+        return first.plan.kernel != self.plan.kernel and self.plan.decomposition != first.plan.decomposition
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,20 @@ def second_pass(
     with judging(paths, until):
         asked = replace(first.problem, out_dtype="float32", second_pass=what.second_pass)
         request = Request(asked, first.dataset.with_lse(first.arrays.lse), paths)
-        choices = Choices(host_memory=host_memory, kernel=KERNEL)
+        choices = Choices(host_memory=host_memory, kernel=_kernel(asked))
         preferred = _OTHER_DIVISION[first.plan.decomposition] if what.other else None
         result = _compute(request, choices, preferred, workplace, callbacks, until)
         first.require_same()
-        decomposition = ResultAttributes.read(paths).plan.decomposition
-        yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), decomposition)
+        yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), ResultAttributes.read(paths).plan)
         with warn_of_failure(f"{paths.result} was not removed"):
             remove_pass(paths, until)
+
+
+def _kernel(problem: Problem) -> str:
+    """The kernel that computes a second pass here: weights are reduced on the CPU alone."""
+    assert problem.second_pass is not None
+    device = "cpu" if problem.second_pass.reduced is not None else choose_device(None)
+    return proving_kernel(device, problem.dtype, problem.head_dim, problem.value_dim)
 
 
 def _why(error: IntegrityError | ResultExistsError) -> str:
@@ -155,7 +161,7 @@ def _compute(
                 f"{as_given('host_memory', format_bytes(budget))}: the second pass that was begun takes "
                 f"{format_bytes(needed)}; give that{instead}"
             )
-        return session.attend(request, Choices(kernel=KERNEL), workplace, callbacks, until)
+        return session.attend(request, Choices(kernel=found.plan.kernel), workplace, callbacks, until)
     if preferred is not None:
         with suppress(BudgetError):
             return session.attend(request, replace(choices, decomposition=preferred), workplace, callbacks, until)

@@ -123,7 +123,7 @@ def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) ->
     measured = kernel_rate(name, sample, rows, keys, "cuda")
     release_cached_memory(torch.device("cuda"))
     inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
-    operands = AttentionState.nbytes_for(1, rows, problem.value_dim) + inputs * problem.itemsize + 4 * keys
+    operands = AttentionState.nbytes_for(1, rows, problem.columns) + inputs * problem.itemsize + 4 * keys
     call = CallSize(1, rows, keys, sample.head_dim, sample.value_dim, sample.dtype, threads, plain=problem.is_plain)
     scratch_bytes = get_kernel(name).scratch_bytes(call)
     return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), operands + scratch_bytes + SEGMENTS
@@ -303,7 +303,7 @@ def warm_up(problem: Problem, kernel: str | None, precise: bool = False) -> None
 def _launch_everything(name: str, sample: Sample, where: torch.device) -> None:
     """What will be timed, once, and every kind of launch of a lane, but for what a rehearsal makes."""
     kernel, (rows, keys) = get_kernel(name), CUDA_SAMPLE
-    operands, state = sample.operands(rows, keys, where), AttentionState.empty(1, rows, sample.value_dim, where)
+    operands, state = sample.operands(rows, keys, where), AttentionState.empty(1, rows, sample.columns, where)
     kernel.attend(operands, state)
     if not kernel.plans_shapes:  # else it takes a while
         causal = make_intervals(Mask.of(rows, keys, causal=True), range(rows), range(keys))

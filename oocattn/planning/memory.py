@@ -113,12 +113,12 @@ def sending_bytes(problem: Problem, device: str, out_chunk_rows: int) -> int:
 
 def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
     """Bytes of a CUDA lane's one allocation: query tiles, states, keys, merging."""
-    query = problem.group_size * tiles.query * problem.head_dim * problem.itemsize
+    query = problem.group_size * tiles.query * problem.query_row_bytes
     key = tiles.key * problem.kv_row_bytes
     state = problem.state_bytes(tiles.query)
     merging = state if partials == "memory" else 2 * problem.state_bytes(PARTIAL_BLOCK_ROWS)
-    finalising = FINALISED_ROWS * (problem.value_dim * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
-    pieces = 6 * QUERY_SLOTS + 3 * KEY_SLOTS + 17
+    finalising = FINALISED_ROWS * (problem.columns * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
+    pieces = 7 * QUERY_SLOTS + 3 * KEY_SLOTS + 17
     return _in_segments(QUERY_SLOTS * (query + state) + KEY_SLOTS * key + merging + finalising + ALIGNMENT * pieces)
 
 

@@ -34,8 +34,8 @@ MOST_KEPT = 100
 class AllRowsArrays:
     """What a second pass left: its `out` [B, H, N, W] and lse [B, H, N], where, the `seed` of its sign vectors, and words.
 
-    `computed_by` says which kernel and division computed it; `other` is True if these are other than the result's.
-    Its kernel rounds no weights.
+    `computed_by` says which kernel and division computed it; `other` is True if these are other than the result's, `rounds`
+    if that kernel rounds weights and projected values to float16.
     """
 
     arrays: ResultArrays
@@ -43,10 +43,11 @@ class AllRowsArrays:
     seed: int
     computed_by: str
     other: bool
+    rounds: bool
 
     def beside(self, problem: Problem, dataset: Dataset, result: Mapping[str, RowReader], rounds_weights: bool) -> Compared:
         """A result beside it. Raises IntegrityError where it is no pass over such a result."""
-        return Compared(problem, dataset, result, self.readers(problem), self.seed, rounds_weights)
+        return Compared(problem, dataset, result, self.readers(problem), self.seed, rounds_weights, self.rounds)
 
     def readers(self, problem: Problem) -> dict[str, RowReader]:
         """The readers of both. Raises IntegrityError where they are not the arrays of a pass over such a result."""

@@ -64,9 +64,13 @@ class WeightNoise:
     relative: float
 
     @classmethod
-    def of(cls, problem: Problem, rounding: bool) -> WeightNoise:
-        """Of a result whose kernel rounds weights to the dtype of the inputs, or does not."""
-        return cls(rounding * VARIANCE * UNIT_ROUNDOFF[problem.dtype] ** 2, rounding * APPROXIMATE)
+    def of(cls, problem: Problem, rounding: bool, pass_rounding: bool) -> WeightNoise:
+        """Of a result whose kernel rounds weights to the dtype of the inputs, or does not, and of the pass's.
+
+        A pass that rounds has weights and projected values of float16, with one error each.
+        """
+        result, other = (UNIT_ROUNDOFF[problem.dtype] * rounding) ** 2, 2 * (UNIT_ROUNDOFF["float16"] * pass_rounding) ** 2
+        return cls(VARIANCE * (result + other), (rounding or pass_rounding) * APPROXIMATE)
 
 
 def relative_noise(problem: Problem, rows: QueryTerms, keys: KeyTerms) -> Array64:

@@ -46,7 +46,7 @@ Stored = Mapping[str, npt.NDArray[Any]]  # some rows of `out` and lse
 class Compared:
     """A result, its problem and dataset, and the second pass over it, whose sign vectors are those of `seed`.
 
-    `rounding` says whether the kernel of the result rounds softmax weights.
+    `rounding` says whether the kernel of the result rounds softmax weights, `pass_rounding` whether that of the pass does.
     """
 
     problem: Problem
@@ -55,6 +55,7 @@ class Compared:
     second: Mapping[str, RowReader]
     seed: int
     rounding: bool
+    pass_rounding: bool
 
     @property
     def most_rows(self) -> int:
@@ -91,7 +92,7 @@ class Scan:
         self._given, self._problem = given, problem
         self._block_rows, self._most = block_rows, most
         self._signs = sign_vectors(given.seed, problem.value_dim).astype(np.float64)
-        self._weights = WeightNoise.of(problem, given.rounding)
+        self._weights = WeightNoise.of(problem, given.rounding, given.pass_rounding)
         self._worst_of = np.empty(0)
         self.worst_rows: Int64s = np.empty(0, np.int64)
         self.suspected, self.open, self.worst = 0, 0, 0.0

@@ -63,8 +63,8 @@ class Attended:
         stored = self.out.astype(numpy_type(problem.out_dtype)), self.lse
         result, second = ({"out": StoredInMemory(out), "lse": StoredInMemory(lse)} for out, lse in (stored, passed))
         rounds, dataset = self.rounds_weights, dataset_of(self.arrays, self.bias)
-        compared: Any = Compared(problem, dataset, result, second, SEED, int(rounds))  # type: ignore[arg-type]
-        about = AllRowsArrays(None, "", SEED, "numpy", True)  # type: ignore[arg-type]  # its arrays are read already
+        compared: Any = Compared(problem, dataset, result, second, SEED, rounds, False)  # type: ignore[arg-type]
+        about = AllRowsArrays(None, "", SEED, "numpy", True, False)  # type: ignore[arg-type]  # its arrays are read already
         roundoff = UNIT_ROUNDOFF[problem.dtype if rounds else "float32"]
         return check_all_rows(compared, about, replace(SIZES, **options), roundoff)
 
@@ -115,4 +115,4 @@ def stored_pass(folder: Path, out: NDArray[Any], lse: NDArray[np.float32], compr
     for name, data in {"out": out, "lse": lse}.items():
         options: dict[str, Any] = {"chunks": (1, 1, 50, *data.shape[3:]), "compressors": compressors}
         group.create_array(name, shape=data.shape, dtype=data.dtype, **options)[...] = data
-    return AllRowsArrays(ResultArrays.open(folder), str(folder), SEED, "kernel numpy, strips", True)
+    return AllRowsArrays(ResultArrays.open(folder), str(folder), SEED, "kernel numpy, strips", True, False)

@@ -54,8 +54,9 @@ def test_the_noise_of_a_score_follows_from_its_terms(
 
 def test_rounded_weights_add_to_the_noise() -> None:
     problem = a_problem(1000)
-    assert WeightNoise.of(problem, 0) == WeightNoise(0.0, 0.0)
-    assert WeightNoise.of(problem, 2) == WeightNoise(2 * 2.0**-22 / 3, 2.0**-19)
+    assert WeightNoise.of(problem, False, False) == WeightNoise(0.0, 0.0)
+    assert WeightNoise.of(problem, True, False) == WeightNoise(2.0**-22 / 3, 2.0**-20)
+    assert WeightNoise.of(problem, True, True) == WeightNoise(2.0**-22, 2.0**-20)
 
 
 def test_quantiles_are_bounds_at_most_a_tenth_too_large() -> None:

@@ -102,7 +102,7 @@ class HopperKernel(Kernel):
 
 
 class HopperWeightsKernel(HopperKernel):
-    """Second passes that prove a result: weights of known shifts, as two float16 parts where inputs are float32, else one."""
+    """Second passes that prove a result: weights of known shifts, in two float16 parts where inputs are float32."""
 
     name = "hopper-weights"
     shifted = True

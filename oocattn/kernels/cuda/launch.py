@@ -35,6 +35,7 @@ MOST_ROWS = (1 << 31) - (1 << 15)  # rows, keys and items of a call: the kernel 
 _LISTED_OF_TILE = 2  # items of a tile that blocks are launched for, in a listed call
 MOST_SLOPES = 256  # heads of a launch with slopes
 _ADDRESSES = ("next", "turns", "listed", "items", "walks", "wholes", "bounds", "positions")
+_SWITCHES = ("listed", "split", "softcap", "slopes", "bias", "shifted")
 _LOG2E = math.log2(math.e)
 _LARGEST = torch.finfo(torch.float32).max
 _NO_CAP = 2.0**100  # a softcap from here on changes no score that float32 tells apart

@@ -79,7 +79,7 @@ class CudaDevice:
             self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
             # Small kernels go first where a block of the large one ends, or they would wait for all that is enqueued.
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
-            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows, operation.key_inputs)
+            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows, operation)
             self._clock = DeviceClock(self._compute)
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         """The end of each key tile that is ahead, and its pairs of all heads."""
@@ -211,15 +211,16 @@ class CudaDevice:
     def _launch_tile(self, launch: _Launch, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
         """Enqueue query rows `tile`, their keys and the way back; return its event."""
         slot = self._buffers.queries.acquire(self._copy)
-        heads = launch.staged.queries[block.query_chunk][0][:, tile.start : tile.stop]
-        query = slot.buffer[: heads.shape[0] * heads.shape[1]].view(heads.shape)
-        loaded = self._load(launch, zip(query, heads, strict=True))
+        given = [tensor[:, tile.start : tile.stop] for tensor in launch.staged.queries[block.query_chunk]]
+        query = [buffer[: tensor.numel()].view(tensor.shape) for buffer, tensor in zip(slot.buffer, given, strict=True)]
+        group_size = len(given[0])
+        loaded = self._load(launch, _by_head(query, given))
         pairs = 0
         try:
             with torch.cuda.stream(self._compute):
                 self._compute.wait_event(loaded)
                 state_slot = self._buffers.states.acquire(self._compute)
-                state = state_slot.buffer.heads(0, len(heads)).rows(0, len(tile))
+                state = state_slot.buffer.heads(0, group_size).rows(0, len(tile))
                 state.reset()
             staged, first = launch.staged, self._plan.query_rows(block.query_chunk).start
             rows = range(first + tile.start, first + tile.stop)
@@ -228,7 +229,7 @@ class CudaDevice:
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             slot.freed = attended = record_event(self._compute)
-        launch.pairs += pairs * len(heads)
+        launch.pairs += pairs * group_size
         host = destination.state.rows(tile.start, tile.stop)
         returned = self._bring_back(launch, state, Destination(host, destination.merged), attended)
         state_slot.freed = returned
@@ -242,7 +243,7 @@ class CudaDevice:
                 self._health.copied(to_device=staged.nbytes)
         return launch.stretches[-1].stop
 
-    def _attend_keys(self, launch: _Launch, query: torch.Tensor, tile: Tile, state: AttentionState) -> None:
+    def _attend_keys(self, launch: _Launch, query: list[torch.Tensor], tile: Tile, state: AttentionState) -> None:
         """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
             ended, attended = self._ahead.popleft()
@@ -251,15 +252,14 @@ class CudaDevice:
         slot = self._buffers.keys.acquire(self._copy)
         staged = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in launch.staged.keys]
         keys = [buffer[: tensor.numel()].view(tensor.shape) for buffer, tensor in zip(slot.buffer, staged, strict=True)]
-        pairs = (heads for each in zip(keys, staged, strict=True) for heads in zip(*each, strict=True))
-        copied = self._load(launch, pairs)  # head by head: strided copies block
+        copied = self._load(launch, _by_head(keys, staged))
         self._compute.wait_event(copied)
         try:
             with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
-                self._operation.compute(launch.staged.head_group, tile, (query,), keys, state)
+                self._operation.compute(launch.staged.head_group, tile, query, keys, state)
         finally:
             slot.freed = done = record_event(self._compute)
-            self._ahead.append((done, tile.pairs * len(query)))
+            self._ahead.append((done, tile.pairs * len(query[0])))
 
     def _bring_back(
         self, launch: _Launch, state: AttentionState, destination: Destination, attended: torch.cuda.Event
@@ -287,6 +287,13 @@ class CudaDevice:
         start = record_event(stream)
         yield
         launch.stretches.append(Stretch(resource, start, record_event(stream)))
+
+
+def _by_head(
+    on_device: Iterable[torch.Tensor], staged: Iterable[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The copies of tensors [heads, ...] one head after another: strided copies block."""
+    return (heads for each in zip(on_device, staged, strict=True) for heads in zip(*each, strict=True))
 
 
 def _rows_returned(tiles: Iterable[_ReturnedTile]) -> Iterator[int]:

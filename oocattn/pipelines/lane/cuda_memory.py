@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import mmap
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ from oocattn.errors import BudgetError
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.naming import named
-from oocattn.operations.base import Input
+from oocattn.operations.base import Operation
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.planning.layout import call_size
 from oocattn.planning.memory import (
@@ -99,12 +99,17 @@ class SlotRing(Generic[T]):
 class DeviceBuffers:
     """Device memory of a lane: rings of query tiles, states and keys, and scratch."""
 
-    def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles, inputs: Sequence[Input]) -> None:
+    def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles, operation: Operation) -> None:
         arena, problem = Arena(memory), plan.problem
-        group, dim, dtype = problem.group_size, problem.value_dim, getattr(torch, problem.dtype)
-        self.queries = SlotRing([arena.take((group * tiles.query, problem.head_dim), dtype) for _ in range(QUERY_SLOTS)])
+        group, dim = problem.group_size, problem.columns
+        self.queries = SlotRing(
+            [
+                tuple(arena.take((group * tiles.query * max(1, each.width),), each.dtype) for each in operation.query_inputs)
+                for _ in range(QUERY_SLOTS)
+            ]
+        )
         self.states = SlotRing([arena.state(group, tiles.query, dim) for _ in range(QUERY_SLOTS)])
-        heads = min(problem.bias_heads, group)
+        heads, inputs = min(problem.bias_heads, group), operation.key_inputs
         sizes = [tiles.key * source.width if source.width else heads * tiles.key for source in inputs]
         self.keys = SlotRing(
             [
@@ -120,7 +125,7 @@ class DeviceBuffers:
 
 
 def take_device_memory(
-    device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows, inputs: Sequence[Input]
+    device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows, operation: Operation
 ) -> DeviceBuffers:
     """Take all device memory at once, with smaller tiles where it is short; BudgetError where none are small enough."""
     problem = plan.problem
@@ -131,7 +136,7 @@ def take_device_memory(
         try:
             with torch.cuda.stream(compute):  # one segment, of which the results of all calls are cut
                 torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=device)
-            return DeviceBuffers(torch.empty(nbytes, dtype=torch.uint8, device=device), plan, tiles, inputs)
+            return DeviceBuffers(torch.empty(nbytes, dtype=torch.uint8, device=device), plan, tiles, operation)
         except torch.OutOfMemoryError as error:
             rows.halve(error)
 
