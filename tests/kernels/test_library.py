@@ -146,10 +146,19 @@ def test_scratch_holds_the_results_and_little_more(name):
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
-def test_scratch_of_the_hopper_kernel_does_not_grow_with_the_keys(plain, masked):
-    bound = get_kernel("hopper").scratch_bytes
-    size = CallSize(8, 65_536, 1 << 20, 128, 128, "float16", plain=plain, masked=masked)
-    assert bound(replace(size, keys=1 << 30)) == bound(size) <= 64 * MIB
+@pytest.mark.parametrize(("name", "dim"), [("hopper", 128), ("hopper", 256), ("hopper-precise", 128)])
+def test_scratch_of_the_hopper_kernel_does_not_grow_with_the_keys(name, dim, plain, masked):
+    bound = get_kernel(name).scratch_bytes
+    size = CallSize(8, 65_536, 1 << 20, dim, dim, "float16", plain=plain, masked=masked)
+    assert bound(replace(size, keys=1 << 30)) == bound(size) <= 80 * MIB
+
+
+@pytest.mark.parametrize("keys", [65_536, 1 << 18])
+def test_scratch_of_the_hopper_kernel_for_float32_holds_both_parts_of_each_number(keys):
+    size = CallSize(4, 65_536, keys, 128, 64, "float32")
+    parts = 2 * 2 * (4 * 65_536 * 128 + keys * (128 + 64))
+    for name in ("hopper", "hopper-precise"):
+        assert parts < get_kernel(name).scratch_bytes(size) <= parts + 32 * MIB
 
 
 @pytest.mark.parametrize("ask", ["nothing", "allow_tf32", "fp32_precision"])

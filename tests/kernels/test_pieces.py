@@ -16,6 +16,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 from oocattn.kernels.cuda import listing
 from oocattn.kernels.cuda.far import brought_near
 from oocattn.kernels.cuda.pieces import COLUMNS
+from oocattn.kernels.cuda.tuning import tuning_for
 from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.problem.mask import Mask
 
@@ -30,7 +31,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
         assert numbers.dtype == np.int32
         found.append(numbers[2:].reshape(-1, COLUMNS)[: numbers[1]].astype(np.int64))
 
-    monkeypatch.setattr(listing, "_program", lambda consumers: SimpleNamespace(launch=launch))
+    monkeypatch.setattr(listing, "_program", lambda tuning: SimpleNamespace(launch=launch))
     return found
 
 
@@ -62,10 +63,11 @@ def far_intervals(seed: int) -> Intervals:
 
 
 def test_bounds_and_positions_of_rows_far_away_fit_32_bits(launched: list[np.ndarray]) -> None:
+    tuning = tuning_for(128, 128, long=False, plain=False)
     for seed in range(150):
         intervals = far_intervals(seed)
         near, distance = brought_near(intervals)
-        listing.list_items(1, near, 2, torch.device("cpu"), positions=True)
+        listing.list_items(1, near, tuning, torch.device("cpu"), positions=True)
         values, positions = zip(*(read(launched[-1], row) for row in range(intervals.rows)), strict=True)
         np.testing.assert_array_equal(values, intervals.values())
         key = np.arange(intervals.keys)

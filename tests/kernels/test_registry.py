@@ -68,9 +68,11 @@ def test_a_result_of_every_kernel_can_be_read():
     [
         ((9, 0), 91900, ("float16", "bfloat16"), True, "float16", 64, "hopper"),
         ((9, 0), 91900, (), True, "bfloat16", 128, "hopper"),
-        ((9, 0), 91900, (), True, "float16", 160, "cudnn"),
+        ((9, 0), 91900, (), True, "float16", 256, "hopper"),
+        ((9, 0), 91900, (), True, "float16", 264, "torch"),
         ((9, 0), 91900, (), True, "float16", 60, "torch"),
-        ((9, 0), 91900, (), True, "float32", 64, "torch"),
+        ((9, 0), 91900, (), True, "float32", 128, "hopper"),
+        ((9, 0), 91900, (), True, "float32", 136, "torch"),
         ((10, 0), 92000, (), True, "float16", 64, "cudnn"),
         ((9, 0), 91900, ("float16", "bfloat16"), False, "float16", 64, "fa3"),
         ((9, 0), 91900, ("bfloat16",), False, "float16", 64, "cudnn"),
@@ -101,8 +103,9 @@ def test_on_the_cpu_the_cpu_kernel_is_the_default():
     [
         ((9, 0), True, "float16", 64, "hopper-precise"),
         ((9, 0), True, "bfloat16", 128, "hopper-precise"),
-        ((9, 0), True, "float16", 160, "torch"),
-        ((9, 0), True, "float32", 64, "torch"),
+        ((9, 0), True, "float16", 136, "torch"),
+        ((9, 0), True, "float32", 128, "hopper"),
+        ((9, 0), True, "float32", 136, "torch"),
         ((9, 0), False, "float16", 64, "torch"),
         ((8, 0), True, "bfloat16", 64, "torch"),
     ],
@@ -132,8 +135,9 @@ def test_a_kernel_that_rounds_weights_is_refused_for_a_precise_run_and_others_ar
         )
     for name in ("cpu", "reference"):
         assert require_kernel(name, "cpu", "float16", 64, 64, precise=True).name == name
-    with pytest.raises(ProblemError, match="it attends float16, bfloat16 only; choose one of torch or leave"):
-        require_kernel("hopper", CUDA, "float32", 64, 64, precise=True)  # for which no kernel rounds weights
+    assert require_kernel("hopper", CUDA, "float32", 64, 64, precise=True).name == "hopper"  # of float32 none rounds weights
+    with pytest.raises(ProblemError, match="float16, bfloat16 only; choose one of hopper, hopper-precise, torch or leave"):
+        require_kernel("cudnn", CUDA, "float32", 64, 64, precise=True)
 
 
 def test_a_kernel_for_second_passes_serves_every_dtype_of_a_cpu_and_is_no_choice_for_others():

@@ -51,11 +51,17 @@ def require(kernel: str, dtype: str, head_dim: int) -> None:
 # Exactness
 
 STRIPS = {"chunks": 8, "decomposition": "strips"}
+PRECISE = {"precise": True, "dtype": "float32"}
 CASES = [
     ("hopper", "float16", 64, (2, 2), True, {"chunks": 7}),
     ("hopper", "bfloat16", 128, (3, 1), True, STRIPS),
     ("hopper", "float16", 96, (8, 1), False, {"chunks": 7}),
     ("hopper", "bfloat16", 64, (8, 1), True, {"chunks": 1}),
+    ("hopper", "bfloat16", 256, (1, 1), True, {"chunks": 7}),
+    ("hopper", "float32", 64, (3, 1), True, {"chunks": 7}),
+    ("hopper", "float32", 128, (1, 1), False, STRIPS),
+    ("hopper-precise", "float16", 64, (2, 2), True, {"chunks": 7} | PRECISE),
+    ("hopper-precise", "bfloat16", 128, (3, 1), True, STRIPS | PRECISE),
     ("cudnn", "float16", 64, (2, 2), True, {"chunks": 7}),
     ("cudnn", "float16", 64, (2, 2), False, {"chunks": 1}),
     ("cudnn", "bfloat16", 128, (3, 1), True, STRIPS),
@@ -90,7 +96,7 @@ def test_every_kernel_and_division_is_attention(
     result = oocattn.attention(
         dataset, tmp_path / "result.zarr", causal=causal, kernel=kernel, client=client, **BUDGETS, **options
     )
-    assert_verified(result, dtype)
+    assert_verified(result, dtype, precise="precise" in options)
     pairs = TOKENS * (TOKENS + 1) // 2 if causal else TOKENS**2
     assert result.report.pairs == heads[0] * pairs
     assert result.report.out_of_memory == 0
@@ -98,17 +104,20 @@ def test_every_kernel_and_division_is_attention(
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (31, 31), (1000, 7)])
-@pytest.mark.parametrize("kernel", ["hopper", "cudnn", "flash", "torch"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [*[(kernel, "float16") for kernel in ("hopper", "hopper-precise", "cudnn", "flash", "torch")], ("hopper", "float32")],
+)
 def test_few_tokens_are_attention(
-    client: Client, datasets: Datasets, tmp_path: Path, kernel: str, tokens: int, chunks: int, causal: bool
+    client: Client, datasets: Datasets, tmp_path: Path, kernel: str, dtype: str, tokens: int, chunks: int, causal: bool
 ) -> None:
-    sizes: dict[str, Any] = {"heads": 3, "kv_heads": 1, "head_dim": 64, "dtype": "float16"}
+    sizes: dict[str, Any] = {"heads": 3, "kv_heads": 1, "head_dim": 64, "dtype": dtype}
     dataset = datasets(tokens, **sizes)
     result = oocattn.attention(
         dataset, tmp_path / "result.zarr", causal=causal, chunks=chunks, kernel=kernel, client=client, **BUDGETS
     )
     expected, lse = attention64(*normal_arrays(tokens, **sizes), causal, 0.125)
-    assert relative_error(result.out[...], expected) <= BOUND["float16"]
+    assert relative_error(result.out[...], expected) <= BOUND[dtype]
     np.testing.assert_allclose(result.lse[...], lse, atol=2e-5)
 
 
@@ -120,7 +129,7 @@ def test_batches_that_are_compressed(client: Client, datasets: Datasets, tmp_pat
     assert oocattn.plan(dataset, **BUDGETS).device == "cuda"
 
 
-@pytest.mark.parametrize(("dtype", "kernel"), [("float16", "flash"), ("float32", "torch")])
+@pytest.mark.parametrize(("dtype", "kernel"), [("float16", "flash"), ("float32", "torch"), ("float32", "hopper")])
 def test_every_element_that_is_not_finite_is_counted_once(client: Client, tmp_path: Path, dtype: str, kernel: str) -> None:
     random = np.random.default_rng(1)
     arrays = normal_arrays(5003, heads=6, kv_heads=2, head_dim=64, batch=2, dtype=dtype)
