@@ -1,7 +1,7 @@
 """The devices that a plan may be made for without having them: one record a device.
 
-Rates that were measured say where. Others are estimates: the vendor's data sheet, times the share of it that the same
-kernel has on an H100. To add a device: a record in `DEVICES`.
+Rates that were measured say where. Others are estimates: the vendor's data sheet, times the share of it that the same kernel
+has on an H200, or an H100. To add a device: a record in `DEVICES`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ GIB = 1 << 30
 
 _NOTES = "oocattn/kernels/cuda/NOTES.md"
 
-
-PRECISE_SHARE = 2 / 3
-"""Of hopper's rate that `hopper-precise` is taken to have: it makes three matrix products where that makes two."""
+FLOAT32 = "hopper, float32"  # a kind of calls beside those that have the name of their kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +27,8 @@ class DeviceRecord:
     """A device: its memory in bytes and the host's for it, and rates.
 
     `sheet` and `sheet_float32` are the data sheet's dense TFLOP/s on 16-bit numbers (added in float32) and on float32.
-    `measured` are TFLOP/s of a kernel on large 16-bit tiles by head dimension (of a CPU on float32), and `measured_float32`
-    on float32; `source` says where. `copy_rate` is between host and device, in bytes/s.
+    `measured` are TFLOP/s on large tiles, by head dimension, of each kind of calls: a kernel's name, or `FLOAT32`; `source`
+    says where. `copy_rate` is between host and device, in bytes/s.
     """
 
     memory: int
@@ -39,37 +37,40 @@ class DeviceRecord:
     sheet_float32: float = 0.0
     copy_rate: float = 50e9
     hopper: bool = False
-    measured: Mapping[int, float] = field(default_factory=dict)
-    measured_float32: Mapping[int, float] = field(default_factory=dict)
+    measured: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     source: str = ""
 
 
-_H100 = DeviceRecord(
-    memory=80 * GIB,
-    sheet=989.0,
-    sheet_float32=67.0,
-    hopper=True,
-    measured={64: 500.0, 128: 625.0, 256: 756.0},  # after seconds of work, where power sets the clock; 256 is cuDNN's
-    measured_float32={64: 13.0, 128: 20.0},
-    source=f"{_NOTES} and docs/speed.md",
-)
-
 DEVICES = {
-    "h100": _H100,
+    "h100": DeviceRecord(
+        memory=80 * GIB,
+        sheet=989.0,
+        sheet_float32=67.0,
+        hopper=True,
+        measured={  # after seconds of work, where power sets the clock
+            "hopper": {64: 500.0, 128: 625.0, 256: 756.0},  # 256 is cuDNN's
+            "cudnn": {64: 415.0, 128: 584.0, 256: 756.0},
+            "torch": {64: 13.0, 128: 20.0},
+        },
+        source=f"{_NOTES} and docs/speed.md, of an older hopper",
+    ),
     "h200": DeviceRecord(
         memory=139 * GIB,
         sheet=989.0,
         sheet_float32=67.0,
         copy_rate=55e9,
         hopper=True,
-        measured={64: 500.0, 128: 635.0, 256: 756.0},
-        measured_float32={64: 13.0, 128: 20.0},
-        source=f"{_NOTES}; of D = 256 and float32 on an H100",
+        measured={  # calls of 3 ms and more
+            "hopper": {64: 550.0, 128: 700.0, 256: 780.0},
+            FLOAT32: {64: 235.0, 128: 250.0},
+            "hopper-precise": {64: 370.0, 128: 440.0},
+        },
+        source=_NOTES,
     ),
     "cpu": DeviceRecord(  # a core; `sheet` is unused
         memory=8 * GIB,
         host_memory=8 * GIB,
-        measured={32: 0.068, 64: 0.082, 128: 0.089},
+        measured={"cpu": {32: 0.068, 64: 0.082, 128: 0.089}},
         source="oocattn/kernels/cpu.py (Zen 4, 2 cores)",
     ),
     "h100-pcie": DeviceRecord(memory=80 * GIB, sheet=756.0, sheet_float32=51.0, hopper=True),
@@ -98,38 +99,29 @@ def device_rate(name: str, dtype: str, head_dim: int, value_dim: int, precise: b
     """The rate of a device's best kernel for a dtype and head dimensions, `precise` as in `oocattn.plan`."""
     record, widest = DEVICES[name], max(head_dim, value_dim)
     kernel = _kernel(name, record, dtype, widest, precise)
-    products = kernel == "torch"  # plain matrix products, in float32
-    known = record if record.measured else _H100
-    rates, sheet, of_known = known.measured, record.sheet, known.sheet
-    if products:
-        rates, sheet, of_known = known.measured_float32, record.sheet_float32, known.sheet_float32
+    kind = FLOAT32 if kernel == "hopper" and dtype == "float32" else "cudnn" if kernel == "flash" else kernel
+    where = next(each for each in (name, "h200", "h100") if kind in DEVICES[each].measured)
+    rates = DEVICES[where].measured[kind]
     padded = next((dim for dim in sorted(rates) if widest <= dim), max(rates))  # kernels work on as many columns
     rate = rates[padded] * min(1.0, (head_dim + value_dim) / 2 / padded)
-    if kernel == "hopper-precise":
-        rate *= PRECISE_SHARE
-    if record.measured and kernel == "hopper-precise":
-        words = f"estimate, {rate:.3g} TFLOP/s: {100 * PRECISE_SHARE:.0f}% of hopper's rate ({record.source})"
-        return DeviceRate(rate * 1e12, kernel, words)
-    if record.measured:
+    if where == name:
         return DeviceRate(rate * 1e12, kernel, f"measured, {rate:.3g} TFLOP/s ({record.source})")
+    sheet, of_known = (each.sheet_float32 if kernel == "torch" else each.sheet for each in (record, DEVICES[where]))
     share = rate / of_known
-    words = (
-        f"estimate, {sheet * share:.3g} TFLOP/s: {100 * share:.0f}% of the data sheet's {sheet:g}, as measured on an H100"
-    )
-    return DeviceRate(sheet * share * 1e12, kernel, words)
+    words = f"estimate, {sheet * share:.3g} TFLOP/s: {100 * share:.0f}% of the data sheet's {sheet:g}"
+    return DeviceRate(sheet * share * 1e12, kernel, f"{words}, as measured on an {where.upper()}")
 
 
 def _kernel(name: str, record: DeviceRecord, dtype: str, widest: int, precise: bool) -> str:
     """The kernel that the registry would take; where libraries are missing, it takes a slower one."""
     if name == "cpu":
         return "cpu"
-    if dtype == "float32" or widest > 256 or widest % 8:
+    half, odd = dtype != "float32", widest % 8 > 0
+    if record.hopper and not odd and widest <= (256 if half and not precise else 128):
+        return "hopper-precise" if half and precise else "hopper"
+    if not half or precise or odd or widest > 256:
         return "torch"
-    if precise:
-        return "hopper-precise" if record.hopper and widest <= 128 else "torch"
-    if widest <= 128:
-        return "hopper" if record.hopper else "cudnn"
-    return "cudnn" if record.hopper else "flash"
+    return "cudnn" if widest <= 128 else "flash"
 
 
 def disk_rate(name: str, value: object) -> int:

@@ -36,15 +36,59 @@ def test_measured_devices_predict_what_was_measured(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 64), ("float32", 40), ("float16", 512)])
-def test_every_device_says_where_its_rate_comes_from(device: str, dtype: str, head_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "measured"),
+    [
+        ("bfloat16", 64, ("h100", "h200", "cpu")),
+        ("bfloat16", 256, ("h100", "h200", "cpu")),
+        ("float32", 40, ("h200", "cpu")),
+        ("float32", 160, ("h100", "cpu")),
+        ("float16", 512, ("h100", "cpu")),
+    ],
+)
+def test_every_device_says_where_its_rate_comes_from(
+    device: str, dtype: str, head_dim: int, measured: tuple[str, ...]
+) -> None:
     plan = plan_ahead(tokens="64K", **{**H100, "device": device, "dtype": dtype, "head_dim": head_dim})
     (note, of_disk) = plan.inputs.notes
-    assert (": measured, " in note) == (device in ("h100", "h200", "cpu"))
-    assert (": estimate, " in note) == (device not in ("h100", "h200", "cpu"))
+    assert (": measured, " in note) == (device in measured)
+    assert (": estimate, " in note) == (device not in measured)
+    assert ("as measured on an H" in note) == (device not in measured)
     assert "not measured" in of_disk
     assert note in str(plan)
     assert plan.device == ("cpu" if device == "cpu" else "cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dims", "precise", "kernel", "rate"),
+    [
+        ("h200", "bfloat16", (64, 64), False, "hopper", 550),
+        ("h200", "float16", (256, 256), False, "hopper", 780),
+        ("h200", "float16", (128, 256), False, "hopper", 585),  # as many columns are computed as of 256
+        ("h200", "float16", (264, 264), False, "torch", 20),
+        ("h200", "float32", (128, 128), False, "hopper", 250),
+        ("h200", "float32", (32, 32), True, "hopper", 117.5),
+        ("h200", "float32", (136, 136), False, "torch", 20),
+        ("h200", "float16", (64, 64), True, "hopper-precise", 370),
+        ("h200", "float16", (128, 128), True, "hopper-precise", 440),
+        ("h200", "float16", (136, 136), True, "torch", 20),
+        ("h100", "float16", (64, 64), False, "hopper", 500),
+        ("h100", "float32", (64, 64), False, "hopper", 235),  # an H200's: the processor is the same
+        ("h100", "float32", (192, 192), False, "torch", 20),
+        ("h100-pcie", "float16", (64, 64), True, "hopper-precise", 370 * 756 / 989),
+        ("gh200", "float16", (60, 60), False, "torch", 13 * 60 / 64),
+        ("b200", "bfloat16", (64, 64), False, "cudnn", 415 * 2250 / 989),
+        ("a100", "bfloat16", (256, 256), False, "flash", 756 * 312 / 989),
+        ("a100", "float32", (64, 64), False, "torch", 13 * 19.5 / 67),
+    ],
+)
+def test_the_rate_is_that_of_the_kernel_that_a_run_would_take(
+    device: str, dtype: str, dims: tuple[int, int], precise: bool, kernel: str, rate: float
+) -> None:
+    options: dict[str, Any] = {**H100, "device": device, "dtype": dtype, "head_dim": dims[0], "value_dim": dims[1]}
+    plan = plan_ahead(tokens="64K", precise=precise, **options)
+    assert plan.kernel == kernel
+    assert plan.machine.kernel_flops == pytest.approx(rate * 1e12)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -55,13 +99,15 @@ def test_a_precise_plan_is_of_a_kernel_that_rounds_no_weights(device: str, dtype
     for plan in (usual, precise):
         assert plan.rounds_weights == get_kernel(plan.kernel).rounds_weights
     assert precise.weights_dtype == "float32"
-    hopper = DEVICES[device].hopper and (dtype, head_dim) == ("bfloat16", 64)
-    assert precise.kernel == ("cpu" if device == "cpu" else "hopper-precise" if hopper else "torch")
+    hopper = DEVICES[device].hopper and head_dim == 64
+    if dtype == "float32":  # of which no kernel rounds weights
+        assert precise.kernel == usual.kernel
+    else:
+        assert precise.kernel == ("cpu" if device == "cpu" else "hopper-precise" if hopper else "torch")
     if precise.kernel == usual.kernel:
         assert precise == usual
     else:
         assert precise.machine.kernel_flops < usual.machine.kernel_flops
-    assert ("estimate" in precise.inputs.notes[0]) == (hopper or device not in ("h100", "h200", "cpu"))
 
 
 def test_more_devices_and_faster_disks_take_less_time() -> None:
