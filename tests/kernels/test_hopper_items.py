@@ -115,3 +115,9 @@ def test_calls_of_few_rows_of_all_heads_are_split(tuning):
     assert not is_split(8, tuning.rows, 4095, tuning)
     assert not is_split(9, tuning.rows, 4096, tuning)
     assert not is_split(1, 257, 4096, tuning)
+
+
+@every_tuning
+def test_spans_of_large_calls_are_nearly_the_longest(tuning):
+    most, size = 65_536 if tuning.folds else 16_384, 1 << 20
+    assert 0.97 * most <= choose_span(8, size, size, Band(-size, size), tuning) <= most
