@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from oocattn.kernels.cuda.items import PROCESSORS, choose_span, is_split, split_span, steps_of_items
-from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, tuning_for
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, numbers_for, tuning_for
 from oocattn.kernels.intervals import Band
 from oocattn.units import round_up
 
 SHARED_BYTES = 232_448  # of a multiprocessor with compute capability 9.0
 
-PRECISE = {"plain": True, "weight_parts": 2}
+PLAIN, PRECISE = numbers_for("float16"), numbers_for("float16", precise=True)
 SHORT, FOLDED, WIDE, SMALL = TUNINGS = (
-    tuning_for(64, 64, long=False, plain=True),
-    tuning_for(64, 64, long=True, plain=True),
-    tuning_for(256, 256, long=True, plain=True),
-    tuning_for(128, 128, long=True, **PRECISE),
+    tuning_for(64, 64, PLAIN, long=False, plain=True),
+    tuning_for(64, 64, PLAIN, long=True, plain=True),
+    tuning_for(256, 256, PLAIN, long=True, plain=True),
+    tuning_for(128, 128, PRECISE, long=True, plain=True),
 )
 every_tuning = pytest.mark.parametrize("tuning", TUNINGS, ids=("short", "folded", "wide", "small"))
 
@@ -31,28 +31,28 @@ def test_steps_of_every_length_are_tested():
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("long", [False, True])
-@pytest.mark.parametrize(("parts", "weight_parts"), [(1, 1), (1, 2), (2, 2)])
-def test_programs_of_all_dimensions_fit_a_multiprocessor(parts, weight_parts, long, plain):
-    dims = range(8, MOST_COLUMNS[weight_parts] + 1, 8)
+@pytest.mark.parametrize("numbers", [PLAIN, PRECISE, numbers_for("float32"), numbers_for("float16", shifted=True)])
+def test_programs_of_all_dimensions_fit_a_multiprocessor(numbers, long, plain):
+    dims = range(8, MOST_COLUMNS[numbers.weight_parts] + 1, 8)
     for head_dim, value_dim in product(dims, dims):
-        tuning = tuning_for(head_dim, value_dim, long=long, plain=plain, parts=parts, weight_parts=weight_parts)
-        assert (tuning.parts, tuning.weight_parts) == (parts, weight_parts)
+        tuning = tuning_for(head_dim, value_dim, numbers, long=long, plain=plain)
+        assert tuning.numbers == numbers
         widths = round_up(head_dim, 64), round_up(value_dim, 64)
-        held = 2 * parts * (widths[0] * tuning.rows + tuning.stages * tuning.keys * sum(widths))
+        held = 2 * numbers.parts * (widths[0] * tuning.rows + tuning.stages * tuning.keys * sum(widths))
         held += 4 * tuning.rows * widths[1] if tuning.folds else 0
         assert held + 2048 <= tuning.shared_bytes <= SHARED_BYTES
         assert tuning.stages >= 2
         assert tuning.keys % 16 == 0  # products add up 16 keys at a time
         assert tuning.fold * tuning.keys == (FOLDED_KEYS if tuning.folds else 0)
         assert long or not tuning.folds
-        assert tuning.restart * tuning.keys == (256 if weight_parts == 2 else 0)
+        assert tuning.restart * tuning.keys == (256 if numbers.weight_parts == 2 else 0)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_more_columns_than_registers_hold_have_no_program(parts):
-    most = MOST_COLUMNS[parts]
+@pytest.mark.parametrize("numbers", [PLAIN, PRECISE])
+def test_more_columns_than_registers_hold_have_no_program(numbers):
+    most = MOST_COLUMNS[numbers.weight_parts]
     with pytest.raises(ValueError, match=f"D = 64, Dv = {most + 8}: expected {most} at most"):
-        tuning_for(64, most + 8, long=False, plain=True, parts=parts, weight_parts=parts)
+        tuning_for(64, most + 8, numbers, long=False, plain=True)
 
 
 @pytest.mark.parametrize("group_size", [1, 3])

@@ -12,7 +12,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 
 from oocattn.kernels.cuda.items import FEWEST_STEPS, PROCESSORS, most_steps
 from oocattn.kernels.cuda.listing import list_items
-from oocattn.kernels.cuda.tuning import tuning_for
+from oocattn.kernels.cuda.tuning import numbers_for, tuning_for
 from oocattn.kernels.intervals import make_intervals
 from oocattn.problem.mask import Mask
 from oocattn.units import ceil_div
@@ -22,10 +22,10 @@ GPU = torch.device("cuda", 0)
 
 
 TUNINGS = (
-    tuning_for(64, 64, long=False, plain=True),
-    tuning_for(128, 128, long=True, plain=True),
-    tuning_for(256, 256, long=True, plain=True),
-    tuning_for(128, 128, long=False, plain=True, weight_parts=2),
+    tuning_for(64, 64, numbers_for("float16"), long=False, plain=True),
+    tuning_for(128, 128, numbers_for("float16"), long=True, plain=True),
+    tuning_for(256, 256, numbers_for("float16"), long=True, plain=True),
+    tuning_for(128, 128, numbers_for("float16", precise=True), long=False, plain=True),
 )
 """Of 192 rows and 128, of steps of 128, 80 and 64 keys."""
 

@@ -16,7 +16,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds 
 from oocattn.kernels.cuda import listing
 from oocattn.kernels.cuda.far import brought_near
 from oocattn.kernels.cuda.pieces import COLUMNS
-from oocattn.kernels.cuda.tuning import tuning_for
+from oocattn.kernels.cuda.tuning import numbers_for, tuning_for
 from oocattn.kernels.intervals import Intervals, make_intervals
 from oocattn.problem.mask import Mask
 
@@ -63,7 +63,7 @@ def far_intervals(seed: int) -> Intervals:
 
 
 def test_bounds_and_positions_of_rows_far_away_fit_32_bits(launched: list[np.ndarray]) -> None:
-    tuning = tuning_for(128, 128, long=False, plain=False)
+    tuning = tuning_for(128, 128, numbers_for("float16"), long=False, plain=False)
     for seed in range(150):
         intervals = far_intervals(seed)
         near, distance = brought_near(intervals)

@@ -17,7 +17,7 @@ DEVICE_TYPES = {
     **dict.fromkeys(("hopper", "hopper-precise", "fa3", "cudnn", "flash", "torch"), "cuda"),
 }
 """Every kernel that attends, and where it runs."""
-SHIFTED_DEVICE_TYPES = {"weights": "cpu"}
+SHIFTED_DEVICE_TYPES = {"weights": "cpu", "hopper-weights": "cuda"}
 """Every kernel for second passes."""
 
 

@@ -16,13 +16,13 @@ from random_masks import random_call, scores_of
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import merge
-from oocattn.kernels.registry import get_kernel, kernel_names
+from oocattn.kernels.registry import device_type, get_kernel, kernel_names
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
 from oocattn.problem.second_pass import VECTORS, sign_vectors
 
-KERNELS = kernel_names(shifted=True)
+KERNELS = [name for name in kernel_names(shifted=True) if device_type(name) == "cpu"]
 ERROR = 3e-6  # relative, of sums whose scores are a few tens at most
 
 

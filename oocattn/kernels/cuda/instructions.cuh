@@ -1,6 +1,6 @@
 // Hopper's own instructions, by PTX (PTX ISA 8.0 and up): barriers, TMA loads into shared memory, conversions.
 //
-// Compiled with BFLOAT16 (0 or 1: what the 16-bit numbers are).
+// Compiled with VALUES_BFLOAT16 (0 or 1: what weights and values are).
 
 #pragma once
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ float exp2_of(float x) {
 }
 
 // Two numbers as 16-bit ones, and these as float32.
-#if BFLOAT16
+#if VALUES_BFLOAT16
 
 __device__ __forceinline__ unsigned narrow(float low, float high) {
     unsigned both;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from functools import lru_cache
 
-from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Tuning
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Numbers, Tuning
 from oocattn.kernels.intervals import Band
 from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div, round_up
@@ -85,10 +85,11 @@ def split_span(rows: int, keys: int, tuning: Tuning) -> int:
     return round_up(ceil_div(keys, spans), tuning.keys)
 
 
-def _part_bytes(call: CallSize, parts: int) -> tuple[int, ...]:
+def _part_bytes(call: CallSize, numbers: Numbers) -> tuple[int, ...]:
     """Bytes of the tensors that `in_parts` of parts.py allocates."""
-    key_row, value_row = (2 * parts * round_up(dim, PANEL) for dim in (call.head_dim, call.value_dim))
-    return 4 * PART_NUMBERS, call.group_size * call.rows * key_row, call.keys * key_row, call.keys * value_row
+    key_row, value_row = (2 * numbers.parts * round_up(dim, PANEL) for dim in (call.head_dim, call.value_dim))
+    queries_and_keys = (call.group_size * call.rows * key_row, call.keys * key_row) if numbers.split == "all" else ()
+    return 4 * PART_NUMBERS, *queries_and_keys, call.keys * value_row
 
 
 def scratch_sizes(call: CallSize, tuning: Tuning) -> tuple[int, ...]:
@@ -96,8 +97,8 @@ def scratch_sizes(call: CallSize, tuning: Tuning) -> tuple[int, ...]:
     heads, tile = call.group_size, tuning.rows
     tiles = ceil_div(call.rows, tile)
     sizes = [4 * (COUNTERS + heads * tiles * tuning.consumers)]
-    if tuning.numbers.split:
-        sizes += _part_bytes(call, tuning.numbers.parts)
+    if tuning.numbers.split != "nothing":
+        sizes += _part_bytes(call, tuning.numbers)
     if call.keys >= _FEWEST_SPLIT_KEYS:
         rows = min(heads * min(call.rows, _SPLIT_ROWS), _SPLIT_TILES * tile)
         results = min(PROCESSORS * tile, ceil_div(call.keys, tuning.keys) * rows)

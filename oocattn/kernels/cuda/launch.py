@@ -96,8 +96,8 @@ def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
     long = operands.keys > FOLDED_KEYS
     variant = Variant(query.shape[-1], columns, query.dtype, precise, long, False, False, *terms, shifted)
     unscaled = None
-    if variant.numbers.split:
-        operands, unscaled = in_parts(operands)
+    if variant.numbers.split != "nothing":
+        operands, unscaled = in_parts(operands, variant.numbers)
     asked, band = _Asked(variant, operands, state, unscaled), operands.band
     windowed = band is not None and not band.is_open_below(operands.rows)
     if band is None or windowed or variant.slopes:
@@ -272,11 +272,12 @@ def program_for(variant: Variant) -> Program:
         "STAGES": tuning.stages,
         "PARTS": tuning.numbers.parts,
         "WEIGHT_PARTS": tuning.numbers.weight_parts,
-        "SCALED": int(tuning.numbers.split),
+        "SCALED": int(tuning.numbers.split != "nothing"),
         "RESTART": tuning.restart,
         "FOLD": tuning.fold,
         "ITEMS": ITEMS,
-        "BFLOAT16": int(variant.dtype == torch.bfloat16 and not tuning.numbers.split),
+        "BFLOAT16": int(variant.dtype == torch.bfloat16),
+        "VALUES_BFLOAT16": int(variant.dtype == torch.bfloat16 and tuning.numbers.split == "nothing"),
         **{
             name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias", "shifted")
         },

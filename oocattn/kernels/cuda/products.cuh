@@ -1,6 +1,6 @@
 // Products of Hopper's matrix units, by PTX (wgmma, PTX ISA 8.0 and up): a warpgroup multiplies 64 rows.
 //
-// Compiled with BFLOAT16 (0 or 1: what the 16-bit numbers are).
+// Compiled with BFLOAT16 and VALUES_BFLOAT16 (0 or 1: what the 16-bit numbers are, and weights and values).
 
 #pragma once
 
@@ -39,6 +39,12 @@ __device__ __forceinline__ void hold(unsigned (&registers)[COUNT]) {
 #define NUMBERS "bf16"
 #else
 #define NUMBERS "f16"
+#endif
+
+#if VALUES_BFLOAT16
+#define VALUES "bf16"
+#else
+#define VALUES "f16"
 #endif
 
 #define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -80,7 +86,7 @@ PRODUCTS_OF_ROWS(64, "128", "%64", "%65", "%66")
 #define PRODUCTS_WITH_COLUMNS(COUNT, WIDTH, A, B, ADD)                                                                 \
     __device__ __forceinline__ void multiply_columns(float (&d)[COUNT], const unsigned* a, Word b, bool add) {         \
         asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n"                                              \
-                     "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." NUMBERS "." NUMBERS "\n{" NAMES_##COUNT      \
+                     "wgmma.mma_async.sync.aligned.m64n" WIDTH "k16.f32." VALUES "." VALUES "\n{" NAMES_##COUNT      \
                      "},\n{" A "}, " B ", add, 1, 1, 1;\n}\n" : OUT_##COUNT(d)                                        \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                             \
     }

@@ -16,7 +16,7 @@ constexpr int SCORES = KEYS / 2;  // of each of the 128 threads of a consumer: t
 // How far, in powers of two, scores are above the shift when it is raised, and how much further they may rise before it is
 // raised again. Where weights have two parts they begin high, so that the second, 2^-12 of the first, has its bits in float16.
 // Weights of given shifts are 1 at most: they are lifted as far as float16 goes.
-constexpr float LIFT = SHIFTED ? 15.0f : WEIGHT_PARTS == 2 && !BFLOAT16 ? 7.0f : 0.0f;
+constexpr float LIFT = SHIFTED ? 15.0f : WEIGHT_PARTS == 2 && !VALUES_BFLOAT16 ? 7.0f : 0.0f;
 constexpr float RISE = 8.0f;
 constexpr float MOST_SUM = WEIGHT_PARTS == 2 ? 32768.0f : 4096.0f;  // of a thread's weights of a row and step: below 2^16
 constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number

@@ -16,7 +16,7 @@ struct Rows {
     const void* from;
     unsigned short* to;
     long long head, row;  // strides of `from`, in numbers
-    int heads, count, dim;
+    int heads, count, dim;  // count is 0 where a tensor is left as it is
     int kind, parts;
     int depth;  // columns that are projected to `dim`; 0: none
 };
@@ -36,11 +36,11 @@ __device__ int padded(const Rows& rows) { return (rows.dim + PANEL - 1) / PANEL 
 // Call `take` with the row and the first column of each vector of `width` columns, for this thread's share of them.
 template <typename Take>
 __device__ void each_vector(const Rows& rows, int width, Take take) {
-    const int of_row = width / VECTOR;
-    const long long vectors = (long long)rows.heads * rows.count * of_row;
-    const int block = blockIdx.x / 3, blocks = gridDim.x / 3;
-    for (long long at = block * (long long)blockDim.x + threadIdx.x; at < vectors; at += (long long)blocks * blockDim.x)
-        take(at / of_row, int(at % of_row) * VECTOR);
+    const int of_row = width / VECTOR, at_once = gridDim.x / 3 * (blockDim.x / of_row);  // rows
+    if (threadIdx.x >= blockDim.x / of_row * of_row) return;
+    const long long count = (long long)rows.heads * rows.count;
+    for (long long row = blockIdx.x / 3 * (blockDim.x / of_row) + threadIdx.x / of_row; row < count; row += at_once)
+        take(row, threadIdx.x % of_row * VECTOR);
 }
 
 __device__ float widened(unsigned short bits) {
@@ -57,7 +57,8 @@ __device__ unsigned short narrowed(float x) {
 
 // Eight numbers of a row, of which 16 bytes are loaded at a time.
 __device__ void load_numbers(const Rows& rows, long long row, int column, float (&numbers)[VECTOR]) {
-    const long long at = row / rows.count * rows.head + row % rows.count * rows.row + column;
+    const long long head = rows.heads == 1 ? 0 : row / rows.count;
+    const long long at = head * rows.head + (row - head * rows.count) * rows.row + column;
     if (rows.kind == FLOAT32) {
         const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(rows.from) + at);
         const float4 low = from[0], high = from[1];
@@ -103,8 +104,13 @@ extern "C" __global__ void find(const __grid_constant__ Tensors tensors, const _
             if (bits < INFINITE) largest = max(largest, bits);
         }
     });
+    __shared__ unsigned of_block;
+    if (threadIdx.x == 0) of_block = 0;
+    __syncthreads();
     largest = __reduce_max_sync(~0u, largest);
-    if (threadIdx.x % 32 == 0 && largest) atomicMax(&tensors.largest[blockIdx.x % 3], largest);
+    if (threadIdx.x % 32 == 0) atomicMax(&of_block, largest);
+    __syncthreads();
+    if (threadIdx.x == 0 && of_block) atomicMax(&tensors.largest[blockIdx.x % 3], of_block);
 }
 
 // The power of two that scales a tensor, between 2^-113 and 2^126.
@@ -132,6 +138,6 @@ extern "C" __global__ void split(const __grid_constant__ Tensors tensors, const 
     });
     if (blockIdx.x || threadIdx.x) return;
     const unsigned* largest = tensors.largest;
-    tensors.unscaled[0] = ldexpf(1.0f, -scale_of(largest[0]) - scale_of(largest[1]));
+    tensors.unscaled[0] = tensors.of[0].count ? ldexpf(1.0f, -scale_of(largest[0]) - scale_of(largest[1])) : 1.0f;
     tensors.unscaled[1] = power_of_two(-scale_of(largest[2]));
 }

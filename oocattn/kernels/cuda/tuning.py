@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from oocattn.units import round_up
 
@@ -22,25 +22,25 @@ _REGISTERS = 192  # of the 232 of a thread, for scores, weights and sums; the ot
 
 
 class Numbers(NamedTuple):
-    """The 16-bit parts of a number of the rows and of a weight, 1 or 2, and whether split.cu makes the former."""
+    """The 16-bit parts of a number of the rows and of a weight, 1 or 2, and what split.cu makes of the operands."""
 
     parts: int
     weight_parts: int
-    split: bool
+    split: Literal["nothing", "values", "all"]
 
 
 def numbers_for(dtype: str, *, precise: bool = False, shifted: bool = False) -> Numbers:
     """How rows of a dtype are multiplied.
 
-    `precise` keeps two parts of a weight also where one would have their bits. Projected values of `shifted` calls are
-    split, and with them all numbers.
+    `precise` keeps two parts of a weight also where one would have their bits. Weights of `shifted` calls are of float16,
+    and so are values, which are projected.
     """
     if dtype == "float32":
-        return Numbers(2, 2, split=True)
+        return Numbers(2, 2, "all")
     if shifted:
-        return Numbers(1, 1, split=True)
-    # Two bfloat16 parts of a weight have 16 bits, two of float16 22: and float16 holds all bfloat16 numbers, scaled.
-    return Numbers(1, 1 + precise, split=precise and dtype == "bfloat16")
+        return Numbers(1, 1, "values")
+    # Two bfloat16 parts of a weight have 16 bits, two of float16 22: and float16 holds all bfloat16 values, scaled.
+    return Numbers(1, 1 + precise, "values" if precise and dtype == "bfloat16" else "nothing")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""`verify --all-rows` on a GPU: the pass is computed there, proves right results, and finds a wrong row."""
+
+import numpy as np
+import pytest
+import zarr
+
+import oocattn
+from oocattn.kernels.registry import proving_kernel
+from oocattn.storage.bfloat16 import numpy_dtype
+
+pytestmark = pytest.mark.gpu
+
+TOKENS, WRONG = 6000, 4321
+
+
+@pytest.fixture(autouse=True)
+def _needs_hopper():
+    if proving_kernel("cuda", "float16", 64, 64) != "hopper-weights":
+        pytest.skip("no Hopper GPU")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked"),
+    [
+        ("float16", {"causal": True}),
+        ("bfloat16", {"window_size": (700, 300)}),
+        ("float32", {"causal": True, "softcap": 20.0}),
+        ("float16", {"causal": True, "alibi_slopes": np.array([0.5, 0.01], np.float32)}),
+        ("float16", {"precise": True, "dtype": "float32"}),
+    ],
+    ids=str,
+)
+def test_every_row_is_proved_and_a_wrong_one_is_found(tmp_path, dtype, asked):
+    rng = np.random.default_rng(3)
+    shapes = {"q": (1, 2, TOKENS, 64), "k": (1, 1, TOKENS, 64), "v": (1, 1, TOKENS, 64)}
+    inputs = {name: rng.standard_normal(shape).astype(numpy_dtype(dtype)) for name, shape in shapes.items()}
+    place = tmp_path / "result.zarr"
+    oocattn.attention(inputs, place, device_memory="512MiB", engine="inline", chunks=7, **asked)
+    options = {"rows": 2, "inputs": inputs, "all_rows": True, "engine": "inline"}
+    certificate = oocattn.verify(place, **options)
+    assert certificate.passed
+    assert certificate.all_rows.computed_by.startswith("hopper-weights")
+    assert certificate.all_rows.suspected == 0
+    out = zarr.open_group(place)["out"]
+    row = np.asarray(out[0, 1, WRONG])
+    out[0, 1, WRONG] = (row.astype(np.float32) * (1 + 0.1 * rng.standard_normal(64))).astype(row.dtype)
+    found = oocattn.verify(place, checksums=False, **options)
+    assert not found.passed
+    assert [(each.head, each.token) for each in found.all_rows.wrong] == [(1, WRONG)]
