@@ -72,7 +72,12 @@ def test_the_resident_call_on_a_gpu(fast_path: Path, asked: dict[str, Any], kind
     queries = 300 if DOCUMENTS.items() <= asked.items() else 260
     arrays = arrays_of("bfloat16", queries)
     call = kind(load(fast_path, arrays, "cuda", **asked))
-    call.run()
+    try:
+        call.run()
+    except RuntimeError as error:
+        if kind is ResidentCall or "does not support" not in str(error):
+            raise
+        pytest.skip(f"this build of FlashAttention-3 refuses it: {error}")
     assert relative_error(rows_of(call), attention_by_definition(*arrays, **asked)[0]) < 4e-3
 
 

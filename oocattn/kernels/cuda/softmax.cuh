@@ -87,15 +87,16 @@ struct Softmax {
             highest[0] = fmaxf(highest[0], fmaxf(scores[i], scores[i + 1]));
             highest[1] = fmaxf(highest[1], fmaxf(scores[i + 2], scores[i + 3]));
         }
-        const bool above = highest[0] * scale > shift[0] + (LIFT + RISE) || highest[1] * scale > shift[1] + (LIFT + RISE);
-        const bool raise = __any_sync(~0u, above);
+        // Rounded as `subtract` rounds: of large scores what is left of a product would be more than a weight may rise.
+        auto excess = [&](int row) { return __fmul_rn(highest[row], scale) - shift[row]; };
+        const bool raise = __any_sync(~0u, fmaxf(excess(0), excess(1)) > LIFT + RISE);
         if (raise) {
 #pragma unroll
             for (int row = 0; row < 2; ++row) {
                 float most = highest[row];
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
                 most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
-                const float raised = fmaxf(shift[row], most * scale - LIFT);
+                const float raised = fmaxf(shift[row], __fmul_rn(most, scale) - LIFT);
                 factor[row] = raised == MINUS_INFINITY ? 1.0f : exp2_of(shift[row] - raised);
                 den[row] *= factor[row];
                 shift[row] = raised;
