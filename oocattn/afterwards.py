@@ -65,8 +65,8 @@ def verify(
 
     Of at most `rows` rows up to a quarter are chosen by their place, the others drawn uniformly, by `seed`. `host_memory`
     bounds what is held, in bytes (default: half of the free memory); `checksums=False` reads the sampled rows alone.
-    `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, on the CPU, which
-    goes on where it was cut off; the options from `time_limit` to `progress` are its own, as of `attention`. The certificate
+    `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, which goes on
+    where it was cut off; the options from `time_limit` to `progress` are its own, as of `attention`. The certificate
     is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where it cannot be, a warning says so.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem

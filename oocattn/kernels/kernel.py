@@ -27,10 +27,10 @@ class Operands:
     relative to the first (`make_intervals`); None: all. n and m may be 0: then there is nothing to attend. `slopes`: one
     of each head, for ALiBi; then `intervals` are given, for the rows' positions. `key_bias` [g, m] or [1, m], float32, is
     added to the scores. `attended`: called by kernels of the CPU, from any thread, with the pairs of a head that they have
-    attended since they called it; about as many as there are. `shift` [g, n] and `projection` [Dv, W], float32, are of a
-    second pass: scores are taken less the row's shift, with 0 as the state's maximum, and values times the projection, which
-    the state has W columns for; or the weights are `reducing`, and the state has the columns of that. They are for kernels
-    that take `shifted` scores.
+    attended since they called it; about as many as there are. `shift` [g, n] and `projection` [Dv, W], float32, the
+    latter on the CPU, are of a second pass: scores are taken less the row's shift, with 0 as the state's maximum, and
+    values times the projection, which the state has W columns for; or the weights are `reducing`, and the state has the
+    columns of that. They are for kernels that take `shifted` scores.
     """
 
     query: torch.Tensor
@@ -150,8 +150,8 @@ class Kernel(ABC):
         A row attends the keys [a, b) and [c, d) of its intervals, or all; without rows or keys nothing happens. On a GPU the
         work is launched on torch's current stream, and nothing waits for it.
 
-        NaN and Inf reach the rows that attend them and no others, but for the 16-bit kernels on a GPU (hopper, fa3, cudnn,
-        flash), which behave as torch's own attention: where rows attend different keys, NaN or Inf in a value may reach rows
+        NaN and Inf reach the rows that attend them and no others, but for kernels on a GPU's matrix units (all but torch),
+        which behave as torch's own attention: where rows attend different keys, NaN or Inf in a value may reach rows
         less than 512 away; with a library's, scores of -inf and the log-sum-exp of a row with NaN may be anything.
 
         Where the scores of a row are all large (1e3 and more in size, as of masked padding), equal ones count alike over any

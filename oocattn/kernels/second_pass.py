@@ -16,7 +16,7 @@ from oocattn.problem.second_pass import SecondPass, sign_vectors
 def of_second_pass(operands: Operands, asked: SecondPass, shift: torch.Tensor) -> Operands:
     """The operands of a call by itself as those of a second pass, with the log-sum-exp [g, n] of its rows."""
     if asked.seed is not None:
-        projection = torch.from_numpy(sign_vectors(asked.seed, operands.value.shape[1])).to(shift.device)
+        projection = torch.from_numpy(sign_vectors(asked.seed, operands.value.shape[1]))
         return replace(operands, shift=shift, projection=projection)
     along_keys, along_rows = reductions_of(asked.reduced or ())
     rows, tokens = range(operands.rows), np.arange(operands.keys)
