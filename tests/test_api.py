@@ -44,7 +44,9 @@ def test_a_run_with_a_cluster_of_its_own(dataset: Path, fast_path: Path) -> None
     dashboard = recorder.events[0].dashboard
     assert dashboard.startswith("http://127.0.0.1:")
     assert oocattn.status(fast_path / "out.zarr").state == "finished"
+    assert oocattn.open(fast_path / "out.zarr").certificate is None
     assert oocattn.verify(fast_path / "out.zarr").passed
+    assert oocattn.open(fast_path / "out.zarr").certificate.outcome == "passed"
 
 
 def test_the_result_is_plain_zarr_beside_its_report(client: Client, dataset: Path, fast_path: Path) -> None:

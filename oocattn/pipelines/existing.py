@@ -101,13 +101,14 @@ def find(request: Request) -> Run | Found:
 def finished_result(paths: ResultPaths) -> Result:
     """The finished result that is there, tidied up. A warning says where its certificate failed."""
     tidy(paths)
-    certificate = read_summary(paths)
+    found = _with_certificate(paths)
+    certificate = found.certificate
     if certificate is not None and certificate.outcome == "failed":
         logger.warning(
             "%s is there, but its certificate of %s says %s; %s checks it again",
             *(paths.result, certificate.made, certificate.verdict, naming.by_face("oocattn.verify", "`oocattn verify`")),
         )
-    return replace(result_at(paths), certificate=certificate)
+    return found
 
 
 def tidy(paths: ResultPaths) -> None:
@@ -123,8 +124,12 @@ def tidy(paths: ResultPaths) -> None:
 def open_result(
     result: ResultLike, scratch: str | Path | None = None, storage_options: StorageOptions | None = None
 ) -> Result:
-    """A finished result, its arrays open for reading. Raises IntegrityError where there is none."""
-    return result_at(ResultPaths.at(result, scratch, storage_options=storage_options))
+    """A finished result, its arrays open for reading, with its certificate. Raises IntegrityError where there is none."""
+    return _with_certificate(ResultPaths.at(result, scratch, storage_options=storage_options))
+
+
+def _with_certificate(paths: ResultPaths) -> Result:
+    return replace(result_at(paths), certificate=read_summary(paths))
 
 
 def result_at(paths: ResultPaths) -> Result:
