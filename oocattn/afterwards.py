@@ -11,6 +11,7 @@ from oocattn import arguments
 from oocattn.api import RUN_OPTIONS, end_of, listeners_of
 from oocattn.arguments import MOST_SEED, Duration, Size, checked
 from oocattn.denormals import keep_denormals
+from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import DASHBOARD, refuse_without_pass
 from oocattn.pipelines.existing import result_at
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
@@ -40,6 +41,8 @@ if TYPE_CHECKING:  # importing distributed takes a second: only passes do
     host_memory=arguments.size,
     checksums=arguments.boolean,
     all_rows=arguments.boolean,
+    kernel=arguments.choice(*kernel_names(shifted=True)),
+    device_memory=arguments.size,
     scratch=arguments.path,
     **RUN_OPTIONS,
 )
@@ -52,6 +55,8 @@ def verify(
     host_memory: Size | None = None,
     checksums: bool = True,
     all_rows: bool = False,
+    kernel: str | None = None,
+    device_memory: Size | None = None,
     time_limit: Duration | None = None,
     engine: Engine = "dask",
     client: Client | None = None,
@@ -66,47 +71,63 @@ def verify(
     Of at most `rows` rows up to a quarter are chosen by their place, the others drawn uniformly, by `seed`. `host_memory`
     bounds what is held, in bytes (default: half of the free memory); `checksums=False` reads the sampled rows alone.
     `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, which goes on
-    where it was cut off; the options from `time_limit` to `progress` are its own, as of `attention`. The certificate
-    is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where it cannot be, a warning says so.
+    where it was cut off; the options from `kernel` ("weights", of the CPU, or "hopper-weights") to `progress` are its
+    own, as of `attention`. The certificate is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where
+    it cannot be, a warning says so.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
     """
     from oocattn.pipelines.watch.full_report import renew_full_report
-    from oocattn.verification.certify import certify  # `plan` does not need it
 
+    budgets: Any = {"kernel": kernel, "device_memory": device_memory}
     if not all_rows:
         how = {"time_limit": time_limit, "engine": engine, "client": client, "dashboard_address": dashboard_address}
-        refuse_without_pass({**how, "callbacks": [*callbacks], "progress": progress})
+        refuse_without_pass({**budgets, **how, "callbacks": [*callbacks], "progress": progress})
     named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
     carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until
-    chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options}
-    chosen["host_memory"] = default_host_memory() if host_memory is None else host_memory
+    chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options, "inputs": named}
+    proof = Asked(SecondPass(seed), ALL_ROWS, other=True, **budgets) if all_rows else None
     with limited(until):
         paths = ResultPaths.at(result, scratch, storage_options=storage_options)
-        found = result_at(paths)
-        arrays = ResultArrays(found.out, found.lse)
-        asked = (paths, arrays, named, storage_options), seed, cast("int | None", host_memory)
-        every = _every_row(*asked, carrying_out) if all_rows else nullcontext()
-        with every as compared, keep_denormals():
-            certificate = certify(paths, arrays, inputs=named, all_rows=compared, **chosen)
+        certificate = _certify(paths, chosen, cast("int | None", host_memory), proof, carrying_out)
     if certificate.files:
         renew_full_report(paths)
     return certificate
 
 
+_CarryingOut = tuple[Workplace, Sequence[Callback], float]
+
+
+def _certify(
+    paths: ResultPaths, chosen: Any, host_memory: int | None, proof: Asked | None, carrying_out: _CarryingOut
+) -> Certificate:
+    """Verify a result with what was chosen of `verify`, after a proof of every row where one is asked for."""
+    from oocattn.verification.certify import certify  # `plan` does not need it
+
+    found = result_at(paths)
+    arrays = ResultArrays(found.out, found.lse)
+    place = paths, arrays, chosen["inputs"], chosen["storage_options"]
+    every = nullcontext() if proof is None else _every_row(place, proof, host_memory, carrying_out)
+    budget = default_host_memory() if host_memory is None else host_memory
+    with every as compared, keep_denormals():
+        return certify(paths, arrays, host_memory=budget, all_rows=compared, **chosen)
+
+
 @contextmanager
 def _every_row(
     place: tuple[ResultPaths, ResultArrays, InputsLike | None, StorageOptions | None],
-    seed: int,
+    proof: Asked,
     host_memory: int | None,
-    carrying_out: tuple[Workplace, Sequence[Callback], float],
+    carrying_out: _CarryingOut,
 ) -> Iterator[AllRowsArrays]:
     """What a second pass over a result leaves, to be judged while inside."""
     from oocattn.verification.all_rows import AllRowsArrays
 
     first = FirstPass.open(*place)
-    with second_pass(first, Asked(SecondPass(seed), ALL_ROWS, other=True), host_memory, *carrying_out) as second:
+    seed = proof.second_pass.seed
+    assert seed is not None
+    with second_pass(first, proof, host_memory, *carrying_out) as second:
         rounds = weights_dtype(first.problem.dtype, second.plan.rounds_weights) != "float32"
         yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first), rounds)
 

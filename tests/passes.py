@@ -14,7 +14,7 @@ from support import GENEROUS, MACHINE, with_partials
 
 from oocattn import Plan, Survey
 from oocattn.kernels.registry import get_kernel
-from oocattn.pipelines import second_pass, session
+from oocattn.pipelines import session
 from oocattn.planning.candidates import Choices, make_plan
 from oocattn.planning.machine import Engine
 from oocattn.planning.reading import input_cost
@@ -30,7 +30,7 @@ def planned(
     chunks: int | None, decomposition: str = "cqs", *, partials: str | None = None, threads: int = 1
 ) -> Iterator[None]:
     """While inside, plans of second passes have so many chunks, this division and, where given, place of partials."""
-    kernel, real = second_pass.KERNEL, session.plan_here
+    kernel, real = "weights", session.plan_here
     machine = replace(MACHINE, kernel=kernel, scratch_bytes=get_kernel(kernel).scratch_bytes, threads=threads)
 
     def plan(

@@ -10,6 +10,7 @@ from oocattn.cli.documents import show
 from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE
 from oocattn.cli.inputs import given_storage_options, moved_inputs
 from oocattn.cli.readers import SEED, size
+from oocattn.kernels.registry import kernel_names
 from oocattn.text import printable
 
 
@@ -26,12 +27,18 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check every row by a second pass over all pairs, which can be cut off and goes on when asked for again",
     )
-    add_watching(parser.add_argument_group("with --all-rows"))
+    group = parser.add_argument_group("with --all-rows")
+    kernels = kernel_names(shifted=True)
+    group.add_argument("--kernel", choices=kernels, help="kernel of the pass (default: of a Hopper GPU, if it serves there)")
+    group.add_argument(
+        "--device-memory", type=size, metavar="SIZE", help="hard limit on a GPU's memory (default: half of it)"
+    )
+    add_watching(group)
 
 
 def verify(options: argparse.Namespace) -> int:
     """Verify a result, and print its certificate and where it is."""
-    names = ("rows", "seed", "host_memory", "checksums", "all_rows")
+    names = ("rows", "seed", "host_memory", "checksums", "all_rows", "kernel", "device_memory")
     chosen = {name: getattr(options, name) for name in names}
     chosen |= {"inputs": moved_inputs(options), "storage_options": given_storage_options(options)}
     if options.all_rows:

@@ -69,6 +69,14 @@ class Intervals:
             return cls(len(rows), len(keys[0]), bounds.moved(rows.start, keys[0].start))
         return cls(len(rows), sum(map(len, keys)), bounds.moved(rows.start, 0).without_others(keys))
 
+    @property
+    def reach(self) -> range:
+        """The keys from the first that any row attends to the last."""
+        bounds = self.bounds
+        first = np.where(bounds.fixed > bounds.start, bounds.start, bounds.resume.at(bounds.edges[:-1]))
+        low, high = int(first.min(initial=self.keys)), int(bounds.stop.at(bounds.edges[1:] - 1).max(initial=0))
+        return range(low, max(low, high))
+
     def part(self, rows: range, keys: range) -> Intervals:
         """The intervals of a tile of the call."""
         return Intervals.of(self.bounds.part(rows).clipped(keys), rows, keys)

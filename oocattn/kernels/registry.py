@@ -91,6 +91,11 @@ def default_kernel(device: torch.device | str, dtype: str, head_dim: int, value_
     )
 
 
+def share_code(name: str, other: str) -> bool:
+    """True if two kernels are made of the same code, so that one does not prove the other right."""
+    return _registration(name).module == _registration(other).module
+
+
 def proving_kernel(device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> str:
     """The name of the kernel of second passes that prove a result, on a device or, if none serves there, on the CPU."""
     device = _known_device(device)

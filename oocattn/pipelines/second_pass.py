@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-from oocattn.errors import BudgetError, IntegrityError, ResultExistsError
-from oocattn.kernels.registry import proving_kernel
+from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
+from oocattn.kernels.registry import proving_kernel, require_kernel, share_code
 from oocattn.naming import as_given, named
 from oocattn.pipelines import session
 from oocattn.pipelines.engines.base import warn_of_failure
@@ -23,6 +23,7 @@ from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import choose_device
+from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import SecondPass
 from oocattn.storage.files.operations import words_of
@@ -80,19 +81,23 @@ class PassResult:
 
     def is_other(self, first: FirstPass) -> bool:
         """Whether kernel and division are both others than those of the first pass."""
-        return first.plan.kernel != self.plan.kernel and self.plan.decomposition != first.plan.decomposition
+        other = not share_code(first.plan.kernel, self.plan.kernel)
+        return other and self.plan.decomposition != first.plan.decomposition
 
 
 @dataclass(frozen=True)
 class Asked:
     """What a second pass computes, and the name of its result in the folder of job state of the result that it is of.
 
-    With `other` it is by another division than the first pass's, if the budget allows.
+    With `other` it is by another division than the first pass's, if the budget allows. `kernel` pins one, `device_memory` is
+    its budget in bytes.
     """
 
     second_pass: SecondPass
     name: str
     other: bool = False
+    kernel: str | None = None
+    device_memory: int | None = None
 
 
 @contextmanager
@@ -115,7 +120,8 @@ def second_pass(
     with judging(paths, until):
         asked = replace(first.problem, out_dtype="float32", second_pass=what.second_pass)
         request = Request(asked, first.dataset.with_lse(first.arrays.lse), paths)
-        choices = Choices(host_memory=host_memory, kernel=_kernel(asked))
+        kernel = what.kernel or _kernel(asked, first.plan)
+        choices = Choices(device_memory=what.device_memory, host_memory=host_memory, kernel=kernel)
         preferred = _OTHER_DIVISION[first.plan.decomposition] if what.other else None
         result = _compute(request, choices, preferred, workplace, callbacks, until)
         first.require_same()
@@ -124,11 +130,30 @@ def second_pass(
             remove_pass(paths, until)
 
 
-def _kernel(problem: Problem) -> str:
-    """The kernel that computes a second pass here: weights are reduced on the CPU alone."""
-    assert problem.second_pass is not None
-    device = "cpu" if problem.second_pass.reduced is not None else choose_device(None)
+def _kernel(problem: Problem, first: PlanRecord) -> str:
+    """The kernel that computes a second pass here.
+
+    The CPU's for what GPUs do not compute: weights that are reduced, and the proof of a result of 16-bit inputs whose
+    weights are not rounded, for a pass that rounds its own could not tell.
+    """
+    asked, device = problem.second_pass, "cpu"
+    assert asked is not None
+    precise = problem.dtype != "float32" and weights_dtype(problem.dtype, first.rounds_weights) == "float32"
+    if asked.reduced is None and not precise:
+        with suppress(ProblemError):  # of GPUs that are lost in a fork
+            device = choose_device(None)
     return proving_kernel(device, problem.dtype, problem.head_dim, problem.value_dim)
+
+
+def _refusal(begun: Run, choices: Choices) -> str:
+    """Why a pass that was begun cannot go on with its kernel; "" if it can."""
+    kernel, problem = begun.plan.kernel, begun.plan.problem
+    if choices.kernel != kernel:
+        try:
+            require_kernel(kernel, choose_device(kernel), problem.dtype, problem.head_dim, problem.value_dim)
+        except ProblemError as error:
+            return words_of(error)
+    return ""
 
 
 def _why(error: IntegrityError | ResultExistsError) -> str:
@@ -152,6 +177,10 @@ def _compute(
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", _why(error))
         request = replace(request, overwrite=True)
         found = Found.NOTHING
+    refused = _refusal(found, choices) if isinstance(found, Run) else ""
+    if refused:
+        logger.warning("a second pass that was begun cannot go on, and begins again (%s)", refused)
+        request, found = replace(request, overwrite=True), Found.NOTHING
     if isinstance(found, Run):
         needed, budget = found.plan.peak_host, choices.host_memory
         if budget is not None and budget < needed:

@@ -58,7 +58,7 @@ COPY_BYTES = 64 << 20
 SEGMENTS = 40 << 20
 """By how much torch's allocator may take more than it was asked for while a kernel is timed."""
 
-CUDA_SAMPLE = (65_536, 65_536)
+CUDA_SAMPLE = (32_768, 32_768)
 """Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
 
 

@@ -11,8 +11,10 @@ from calling import call
 from on_gpu import BOUND, bound_of, check, finished, kernel_for, operands, poisoned_state
 
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
 from oocattn.kernels.registry import device_type, kernel_names
 from oocattn.problem.mask import Mask
+from oocattn.problem.scores import Scores
 
 pytestmark = pytest.mark.gpu
 
@@ -143,3 +145,19 @@ def test_scores_that_rise_along_the_keys(name, dtype, dims, mask, rows, keys):
     # Products of such a size are known to some 2^-22 of it.
     assert (out - expected).norm() <= (bound_of(name, dtype) + 3e-7 * largest) * expected.norm()
     assert (lse - expected_lse).abs().max() <= 1e-5 + 1e-6 * largest
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("hopper", "float32"), ("hopper-precise", "bfloat16"), ("hopper-precise", "float32"), ("torch", "float32")],
+)
+def test_huge_keys_and_values_that_nobody_attends_change_nothing(name, dtype):
+    """As of padding that was never written: scales follow from what is attended."""
+    kernel = kernel_for(name, dtype, 64)
+    query, key, value = operands(2, 300, 1000, 64, dtype)
+    key[600:], value[600:] = 1e30, -1e30
+    mask = Mask(np.array([0, 300, 300]), np.array([0, 600, 1000]))
+    state = poisoned_state(2, 300, 64)
+    intervals = make_intervals(mask, range(300), range(1000))
+    kernel.attend(Operands(query, key, value, Scores(0.125), intervals), state)
+    check(state, query, key[:600], value[:600], 0.125, False, bound_of(name, dtype))

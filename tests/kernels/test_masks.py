@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from exact import operands
-from random_masks import random_call, scores_of
+from random_masks import random_call, random_intervals, scores_of
 from reference import mask_by_definition
 
 from oocattn.kernels.cuda.far import brought_near, continued_far_away
@@ -61,6 +61,20 @@ def test_any_mask_in_two_calls_is_attention(seed: int) -> None:
     cut = call.keys // 3
     rows = range(call.rows)
     check(attended_by("cpu", call.part(rows, range(cut)), call.part(rows, range(cut, call.keys))), scores, value)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_reach_of_intervals_has_every_key_that_is_attended(seed: int) -> None:
+    intervals, attended = random_intervals(random.Random(seed), 300, (0, 3, 40))
+    keys = np.flatnonzero(attended.any(axis=0))
+    assert all(key in intervals.reach for key in keys.tolist())
+    assert 0 <= intervals.reach.start <= intervals.reach.stop <= attended.shape[1]
+
+
+def test_the_reach_of_a_window_and_of_documents_ends_with_their_keys() -> None:
+    assert make_intervals(Mask.of(1000, 1000, causal=True, left=50), range(300, 500), range(1000)).reach == range(250, 500)
+    documents = Mask(np.array([0, 100, 200]), np.array([0, 400, 700]))
+    assert make_intervals(documents, range(100), range(900)).reach == range(400)
 
 
 def packed(edges: list[int], **options: object) -> tuple[Mask, np.ndarray, np.ndarray]:

@@ -6,7 +6,16 @@ import torch
 from oocattn.errors import ProblemError
 from oocattn.kernels.cuda.hopper import HopperKernel, HopperPreciseKernel
 from oocattn.kernels.libraries import fa3 as fa3_module
-from oocattn.kernels.registry import default_kernel, device_type, get_kernel, kernel_names, require_kernel, rounds_weights
+from oocattn.kernels.registry import (
+    default_kernel,
+    device_type,
+    get_kernel,
+    kernel_names,
+    proving_kernel,
+    require_kernel,
+    rounds_weights,
+    share_code,
+)
 from oocattn.pins import Pins
 from oocattn.problem.calls import CallSize
 from oocattn.records import from_json, to_json
@@ -38,6 +47,13 @@ def machine(monkeypatch):
             monkeypatch.setattr(kernel, "_refusal", staticmethod(refused))
 
     return pretend
+
+
+def test_a_gpu_s_proofs_share_the_code_of_its_runs_and_a_cpu_s_do_not():
+    assert share_code("hopper", "hopper-weights")
+    assert not share_code("cpu", "weights")
+    assert not share_code("hopper", "weights")
+    assert proving_kernel("cpu", "float16", 64, 64) == "weights"
 
 
 def test_every_kernel_has_its_name_and_bounds():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from distributed import Client
 from interrupting import EnoughError, interrupt
@@ -155,7 +156,30 @@ def test_rows_of_which_nothing_is_known_are_counted(fast_path: Path) -> None:
     assert (certificate.outcome, found.open) == ("inconclusive", 50)
 
 
-@pytest.mark.parametrize("option", [{"time_limit": "5s"}, {"engine": "inline"}, {"progress": True}, {"callbacks": [print]}])
+def test_the_kernel_of_the_pass_may_be_named(result: Path) -> None:
+    certificate, found = verify(result, kernel="weights")
+    assert (certificate.outcome, found.computed_by.partition(",")[0]) == ("passed", "weights")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_kernel_that_does_not_serve_here_or_attends_is_refused(result: Path) -> None:
+    with pytest.raises(ProblemError, match="torch finds no NVIDIA GPU"):
+        verify(result, kernel="hopper-weights")
+    with pytest.raises(ProblemError, match=r"kernel = 'cpu' .*: expected one of weights, hopper-weights"):
+        verify(result, kernel="cpu")
+
+
+OF_PASSES = [
+    {"time_limit": "5s"},
+    {"engine": "inline"},
+    {"progress": True},
+    {"callbacks": [print]},
+    {"kernel": "weights"},
+    {"device_memory": "1GiB"},
+]
+
+
+@pytest.mark.parametrize("option", OF_PASSES)
 def test_options_of_the_pass_are_refused_without_it(result: Path, option: dict[str, Any]) -> None:
     with pytest.raises(ProblemError, match=f"{next(iter(option))} is of a second pass: give all_rows=True too"):
         oocattn.verify(result, **option)

@@ -1,7 +1,7 @@
 // The bounds of each row of a call, and the items into which hopper.cu cuts it: what a listed call reads (items.cuh).
 //
-// Compiled with CONSUMERS, KEYS, MOST_PIECES, PROCESSORS (to fill), MOST_STEPS and FEWEST_STEPS (of an item), and what items.cuh asks
-// for. A block takes a tile of rows, a thread each; the last block to end lists the items.
+// Compiled with MOST_PIECES, PROCESSORS (to fill), MOST_STEPS and FEWEST_STEPS (of an item), and what items.cuh asks for. A
+// block takes a tile of rows, a thread each; the last block to end lists the items.
 
 #include "items.cuh"
 #include "launches.cuh"

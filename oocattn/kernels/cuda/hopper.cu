@@ -5,7 +5,7 @@
 // step), STAGES (of the rings), ITEMS (of a block), SHARED_BYTES, and what the headers ask for; and with
 // * PARTS: 16-bit parts of a number of the rows, 1, or 2 of float32 ones: the columns of all first parts come before those of
 //   the second ones. The products of two second parts, 2^-24 of the whole, are left out.
-// * WEIGHT_PARTS: the same of a weight.
+// * WEIGHT_PARTS: 16-bit parts of a weight.
 // * SCALED (0 or 1): whether split.cu has made the parts.
 // * SHIFTED (0 or 1): whether the shifts of rows are given, as of a second pass: weights are scores less these, the state's
 //   maximum is 0.
@@ -87,8 +87,10 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
             const int key = item.key(step);
             const bool masked = step * KEYS < whole_start || (step + 1) * KEYS > whole_stop;
 #endif
+            float rise = LIFT + RISE;
             if (PLAIN && !SHIFTED && !first && !masked) {  // in nearly all steps the shift does, and no maximum is needed
                 if (softmax.keep_shift(scores, scale)) return false;
+                rise = LIFT;  // or the shift would not do for the next steps either
                 multiply_again(scores, shared.query + consumer * 64 * ROW_BYTES, shared.key[keys.stage()]);
             }
 #if !PLAIN
@@ -108,7 +110,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
             softmax.keep_given_shift(scores, PLAIN ? scale : 1.0f);
             return false;
 #else
-            return softmax.find_shift(scores, PLAIN ? scale : 1.0f, factor);
+            return softmax.find_shift(scores, PLAIN ? scale : 1.0f, rise, factor);
 #endif
         };
         auto begin_step = [&] {

@@ -1,9 +1,9 @@
 // What a call of hopper.cu has to do, cut into items: a tile of query rows of one head, and a span of the keys that they
 // attend.
 //
-// Compiled with CONSUMERS, KEYS (of one step), ITEMS (of a block), MOST_SLOPES, LISTED (0 or 1: whether bounds.cu has listed the items, for rows
-// with bounds of their own, or they follow from a band) and SPLIT (0 or 1: whether each span of a tile has a result of its
-// own, which merge.cu merges).
+// Compiled with CONSUMERS, KEYS (of one step), ITEMS (of a block), MOST_SLOPES, LISTED (0 or 1: whether bounds.cu has listed
+// the items, for rows with bounds of their own, or they follow from a band) and SPLIT (0 or 1: whether each span of a tile
+// has a result of its own, which merge.cu merges).
 
 #pragma once
 

@@ -278,9 +278,7 @@ def program_for(variant: Variant) -> Program:
         "ITEMS": ITEMS,
         "BFLOAT16": int(variant.dtype == torch.bfloat16),
         "VALUES_BFLOAT16": int(variant.dtype == torch.bfloat16 and tuning.numbers.split == "nothing"),
-        **{
-            name.upper(): int(getattr(variant, name)) for name in ("listed", "split", "softcap", "slopes", "bias", "shifted")
-        },
+        **{name.upper(): int(getattr(variant, name)) for name in _SWITCHES},
         "MOST_SLOPES": MOST_SLOPES,
         "SHARED_BYTES": tuning.shared_bytes,
     }

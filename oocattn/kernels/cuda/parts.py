@@ -28,7 +28,7 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         *[(name, ctypes.c_void_p) for name in ("from_", "to")],
         *[(name, ctypes.c_longlong) for name in ("head", "row")],
-        *[(name, ctypes.c_int) for name in ("heads", "count", "dim", "kind", "parts", "depth")],
+        *[(name, ctypes.c_int) for name in ("heads", "count", "dim", "kind", "parts", "depth", "low", "high")],
     )
 
 
@@ -46,6 +46,7 @@ def in_parts(operands: Operands, numbers: Numbers) -> tuple[Operands, torch.Tens
     """
     given = operands.query, operands.key.unsqueeze(0), operands.value.unsqueeze(0)
     device, projection = operands.query.device, operands.projection
+    keys = range(operands.keys) if operands.intervals is None else operands.intervals.reach
     factors = torch.zeros(PART_NUMBERS, dtype=torch.float32, device=device)
     rows, parts = [], list[torch.Tensor]()
     for which, tensor in enumerate(given):
@@ -57,7 +58,8 @@ def in_parts(operands: Operands, numbers: Numbers) -> tuple[Operands, torch.Tens
             count = 0
         shape = heads, count, numbers.parts * round_up(width, PANEL)
         parts.append(torch.empty(shape, dtype=torch.float16, device=device))
-        sizes = heads, count, width, _KINDS[tensor.dtype], numbers.parts, depth
+        attended = range(count) if which == 0 else keys
+        sizes = heads, count, width, _KINDS[tensor.dtype], numbers.parts, depth, attended.start, attended.stop
         rows.append(_Rows(tensor.data_ptr(), parts[-1].data_ptr(), *row_strides(tensor), *sizes))
     tensors = _Tensors((_Rows * 3)(*rows), factors.data_ptr(), factors.data_ptr() + 12)
     blocks = min(ceil_div(max(part.numel() for part in parts), numbers.parts * _VECTOR * _THREADS), _MOST_BLOCKS)

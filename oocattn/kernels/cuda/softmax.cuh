@@ -1,7 +1,8 @@
 // The scores of a step of hopper.cu: their terms, the keys that a row does not attend, and the softmax over all steps.
 //
 // A thread has two rows, `row` and 8 below it, of an item; each is shared by the four threads of a quad. Compiled with
-// SOFTCAP, SLOPES and BIAS (0 or 1: the terms of a score beside its scale) and WEIGHT_PARTS (1 or 2: 16-bit parts of a weight).
+// SOFTCAP, SLOPES and BIAS (0 or 1: the terms of a score beside its scale), WEIGHT_PARTS (1 or 2: 16-bit parts of a weight),
+// VALUES_BFLOAT16 (0 or 1: what these are) and SHIFTED (0 or 1: whether the shifts are given).
 
 #pragma once
 
@@ -20,6 +21,7 @@ constexpr float LIFT = SHIFTED ? 15.0f : WEIGHT_PARTS == 2 && !VALUES_BFLOAT16 ?
 constexpr float RISE = 8.0f;
 constexpr float MOST_SUM = WEIGHT_PARTS == 2 ? 32768.0f : 4096.0f;  // of a thread's weights of a row and step: below 2^16
 constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number
+constexpr float FINE = 4194304.0f;    // 2^22: it holds halves
 constexpr float LARGEST = 3.402823466e38f;
 constexpr float LN2 = 0.693147180559945f, LOG2E = 1.442695040888963f;
 
@@ -44,14 +46,21 @@ struct Softmax {
         for (int i = 0; i < 2; ++i) {
             const int row = first_row + 8 * i;
             const float natural = row < call.rows ? call.shift[head * call.shift_head + row] : 0.0f;
-            shift[i] = natural == MINUS_INFINITY ? -MINUS_INFINITY : fmaf(natural, LOG2E, -LIFT);
+            shift[i] = natural == MINUS_INFINITY ? -MINUS_INFINITY : natural * LOG2E;
         }
     }
 
     // Turn scores into weights.
     __device__ __forceinline__ void keep_given_shift(float (&scores)[SCORES], float scale) {
         float less[2] = {shift[0], shift[1]}, sum[2];
-        if (fmaxf(fabsf(less[0]), fabsf(less[1])) > LARGE) subtract(scores, scale, less);
+        if (fmaxf(fabsf(less[0]), fabsf(less[1])) > FINE) {
+            subtract(scores, scale, less);
+            const float most = 0.9f / scale;  // of a shift that is rounded to more: weights of float16 stay finite
+#pragma unroll
+            for (int i = 0; i < SCORES; ++i) scores[i] = scores[i] > most ? most : scores[i];
+        }
+        less[0] -= LIFT;
+        less[1] -= LIFT;
         exponentiate(scores, scale, less, sum);
         den[0] += sum[0];
         den[1] += sum[1];
@@ -79,8 +88,9 @@ struct Softmax {
         return true;
     }
 
-    // Turn scores into weights. Whether the shift was raised; then what was summed before counts `factor` times as much.
-    __device__ __forceinline__ bool find_shift(float (&scores)[SCORES], float scale, float (&factor)[2]) {
+    // Turn scores into weights. Whether the shift was raised, as it is where a score exceeds it by more than `rise`; then what
+    // was summed before counts `factor` times as much.
+    __device__ __forceinline__ bool find_shift(float (&scores)[SCORES], float scale, float rise, float (&factor)[2]) {
         float highest[2] = {scores[0], scores[2]};
 #pragma unroll
         for (int i = 0; i < SCORES; i += 4) {
@@ -89,7 +99,7 @@ struct Softmax {
         }
         // Rounded as `subtract` rounds: of large scores what is left of a product would be more than a weight may rise.
         auto excess = [&](int row) { return __fmul_rn(highest[row], scale) - shift[row]; };
-        const bool raise = __any_sync(~0u, fmaxf(excess(0), excess(1)) > LIFT + RISE);
+        const bool raise = __any_sync(~0u, fmaxf(excess(0), excess(1)) > rise);
         if (raise) {
 #pragma unroll
             for (int row = 0; row < 2; ++row) {

@@ -1,14 +1,15 @@
 // Rows of the inputs as float16 parts of their scaled numbers, for the matrix units: two of float32, one of 16-bit numbers.
 //
 // x scaled by a power of two is `first + second` to 22 bits: float16 has 11, and so has what is left; a bfloat16 has 8. The
-// largest number of a tensor is scaled to [2^14, 2^15), so that second parts, 2^-12 of the first, keep their bits over 27
-// powers of two. `find` looks for the largest numbers; `split` writes the parts, [first parts of a row | second parts], each
+// largest number that is attended is scaled to [2^14, 2^15): numbers down to 2^-17 of it keep all bits, and smaller ones are
+// off by 2^-40 of the largest at most. Finite numbers that are not attended stay finite. `find` looks for the largest; `split` writes the parts, [first parts of a row | second parts], each
 // padded by zeros to whole panels. Of each three blocks, each takes its share of one tensor. Values may be projected before.
 //
 // Compiled with MOST_COLUMNS (of values that are projected).
 
 constexpr int PANEL = 64, VECTOR = 8;  // numbers that a thread takes at a time, and columns of a projection
 constexpr unsigned INFINITE = 0x7F800000;
+constexpr float LARGEST = 3.402823466e38f, LARGEST_HALF = 65504.0f;
 
 enum Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -19,6 +20,7 @@ struct Rows {
     int heads, count, dim;  // count is 0 where a tensor is left as it is
     int kind, parts;
     int depth;  // columns that are projected to `dim`; 0: none
+    int low, high;  // rows of a single head that are attended
 };
 
 struct Tensors {
@@ -96,6 +98,7 @@ extern "C" __global__ void find(const __grid_constant__ Tensors tensors, const _
     const Rows& rows = tensors.of[blockIdx.x % 3];
     unsigned largest = 0;
     each_vector(rows, rows.dim, [&](long long row, int column) {
+        if (rows.heads == 1 && (row < rows.low || row >= rows.high)) return;
         float numbers[VECTOR];
         load_vector(rows, projection, row, column, numbers);
 #pragma unroll
@@ -128,7 +131,8 @@ extern "C" __global__ void split(const __grid_constant__ Tensors tensors, const 
         alignas(16) unsigned short first[VECTOR], second[VECTOR];
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
-            const float scaled = numbers[i] * scale;
+            float scaled = numbers[i] * scale;
+            if (fabsf(numbers[i]) <= LARGEST) scaled = fminf(fmaxf(scaled, -LARGEST_HALF), LARGEST_HALF);
             first[i] = narrowed(scaled);
             second[i] = narrowed(scaled - widened(first[i]));
         }
