@@ -1,4 +1,4 @@
-// What a warpgroup of hopper.cu has the matrix units multiply: 64 rows of queries and keys, of weights and values; and the sums.
+// What a warpgroup of hopper.cu has the matrix units multiply: queries and keys, weights and values; and the sums.
 
 #pragma once
 

@@ -2,8 +2,9 @@
 //
 // x scaled by a power of two is `first + second` to 22 bits: float16 has 11, and so has what is left; a bfloat16 has 8. The
 // largest number that is attended is scaled to [2^14, 2^15): numbers down to 2^-17 of it keep all bits, and smaller ones are
-// off by 2^-40 of the largest at most. Finite numbers that are not attended stay finite. `find` looks for the largest; `split` writes the parts, [first parts of a row | second parts], each
-// padded by zeros to whole panels. Of each three blocks, each takes its share of one tensor. Values may be projected before.
+// off by 2^-40 of the largest at most. Finite numbers that are not attended stay finite. `find` looks for the largest;
+// `split` writes the parts, [first parts of a row | second parts], each padded by zeros to whole panels. Of each three
+// blocks, each takes its share of one tensor. Values may be projected before.
 //
 // Compiled with MOST_COLUMNS (of values that are projected).
 
