@@ -123,7 +123,7 @@ def second_pass(
         kernel = what.kernel or _kernel(asked, first.plan)
         choices = Choices(device_memory=what.device_memory, host_memory=host_memory, kernel=kernel)
         preferred = _OTHER_DIVISION[first.plan.decomposition] if what.other else None
-        result = _compute(request, choices, preferred, workplace, callbacks, until)
+        result = _compute(request, choices, what, preferred, workplace, callbacks, until)
         first.require_same()
         yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), ResultAttributes.read(paths).plan)
         with warn_of_failure(f"{paths.result} was not removed"):
@@ -145,9 +145,11 @@ def _kernel(problem: Problem, first: PlanRecord) -> str:
     return proving_kernel(device, problem.dtype, problem.head_dim, problem.value_dim)
 
 
-def _refusal(begun: Run, choices: Choices) -> str:
+def _refusal(begun: Run, choices: Choices, what: Asked) -> str:
     """Why a pass that was begun cannot go on with its kernel; "" if it can."""
     kernel, problem = begun.plan.kernel, begun.plan.problem
+    if what.kernel is not None and what.kernel != kernel:
+        return f"it began with kernel {kernel!r}"
     if choices.kernel != kernel:
         try:
             require_kernel(kernel, choose_device(kernel), problem.dtype, problem.head_dim, problem.value_dim)
@@ -165,6 +167,7 @@ def _why(error: IntegrityError | ResultExistsError) -> str:
 def _compute(
     request: Request,
     choices: Choices,
+    what: Asked,
     preferred: str | None,
     workplace: Workplace,
     callbacks: Sequence[Callback],
@@ -177,7 +180,7 @@ def _compute(
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", _why(error))
         request = replace(request, overwrite=True)
         found = Found.NOTHING
-    refused = _refusal(found, choices) if isinstance(found, Run) else ""
+    refused = _refusal(found, choices, what) if isinstance(found, Run) else ""
     if refused:
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", refused)
         request, found = replace(request, overwrite=True), Found.NOTHING
