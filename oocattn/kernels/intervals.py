@@ -69,7 +69,7 @@ class Intervals:
             return cls(len(rows), len(keys[0]), bounds.moved(rows.start, keys[0].start))
         return cls(len(rows), sum(map(len, keys)), bounds.moved(rows.start, 0).without_others(keys))
 
-    @property
+    @cached_property
     def reach(self) -> range:
         """The keys from the first that any row attends to the last."""
         bounds = self.bounds

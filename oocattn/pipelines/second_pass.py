@@ -176,11 +176,9 @@ def _compute(
     """Go on with a pass that is there, or begin one, by the preferred division if the budget allows."""
     try:
         found = find(request)
+        refused = _refusal(found, choices, what) if isinstance(found, Run) else ""
     except (IntegrityError, ResultExistsError) as error:
-        logger.warning("a second pass that was begun cannot go on, and begins again (%s)", _why(error))
-        request = replace(request, overwrite=True)
-        found = Found.NOTHING
-    refused = _refusal(found, choices, what) if isinstance(found, Run) else ""
+        refused = _why(error)
     if refused:
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", refused)
         request, found = replace(request, overwrite=True), Found.NOTHING

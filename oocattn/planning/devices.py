@@ -48,11 +48,11 @@ DEVICES = {
         sheet_float32=67.0,
         hopper=True,
         measured={  # after seconds of work, where power sets the clock
-            "hopper": {64: 500.0, 128: 625.0, 256: 756.0},  # 256 is cuDNN's
+            "hopper": {64: 500.0, 128: 625.0, 256: 756.0},
             "cudnn": {64: 415.0, 128: 584.0, 256: 756.0},
             "torch": {64: 13.0, 128: 20.0},
         },
-        source=f"{_NOTES} and docs/speed.md, of an older hopper",
+        source=f"{_NOTES} and docs/speed.md, of an older hopper, and of cuDNN at D = 256",
     ),
     "h200": DeviceRecord(
         memory=139 * GIB,

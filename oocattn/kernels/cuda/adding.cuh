@@ -20,11 +20,10 @@ __device__ __forceinline__ int acquire(const int* count) {
 template <int SUMS>
 __device__ void write_state(
     const State& state, const Call& call, const Item& item, int first_row, const float (&num)[SUMS], Softmax& softmax) {
+    softmax.sum_den();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const long long row = first_row + 8 * i;
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 1);
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 2);
         if (row >= call.rows) continue;
         float* own = state.num + item.turn * state.num_head + row * state.num_row + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -90,12 +89,11 @@ __device__ void add_to_state(
     const float (&num)[SUMS],
     Softmax& softmax,
     const Before& before) {
+    softmax.sum_den();
     __syncwarp();  // all have read what one overwrites
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const long long row = first_row + 8 * i;
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 1);
-        softmax.den[i] += __shfl_xor_sync(~0u, softmax.den[i], 2);
         if (row >= call.rows) continue;
         const float shift = softmax.shift[i] * LN2, max = before.max[i];
         const float highest = max != max ? max : fmaxf(max, shift);     // NaN stays NaN

@@ -36,7 +36,7 @@ class HopperKernel(Kernel):
 
     name = "hopper"
     rounds_weights = True
-    max_masked_keys = 1 << 18  # documents at D = 64: 495 TFLOP/s, with 64K keys 450 (H200); spans have 16K keys all the same
+    max_masked_keys = 1 << 18  # documents at D = 64: 495 TFLOP/s, with 64K keys 450 (H200); sums fold every 16K
 
     def numbers(self, dtype: str) -> Numbers:
         """How rows of a dtype are multiplied."""
@@ -96,7 +96,7 @@ class HopperKernel(Kernel):
             raise
         except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
             reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
-            logger.warning("the kernel %s is not available (%s); a library's kernel is used in its place", cls.name, reason)
+            logger.warning("the kernel %s is not available (%s); another is used in its place", cls.name, reason)
             return reason
         return ""
 

@@ -63,8 +63,9 @@ def in_parts(operands: Operands, numbers: Numbers) -> tuple[Operands, torch.Tens
         rows.append(_Rows(tensor.data_ptr(), parts[-1].data_ptr(), *row_strides(tensor), *sizes))
     tensors = _Tensors((_Rows * 3)(*rows), factors.data_ptr(), factors.data_ptr() + 12)
     blocks = min(ceil_div(max(part.numel() for part in parts), numbers.parts * _VECTOR * _THREADS), _MOST_BLOCKS)
+    arguments = tensors, _argument(projection)
     for kernel in ("find", "split"):
-        _program().launch(kernel, device, 3 * blocks, _THREADS, (tensors, _argument(projection)))
+        _program().launch(kernel, device, 3 * blocks, _THREADS, arguments)
     query, key, value = parts
     if numbers.split == "all":
         return replace(operands, query=query, key=key[0], value=value[0], projection=None), factors[3:]

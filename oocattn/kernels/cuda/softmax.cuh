@@ -29,6 +29,15 @@ struct Softmax {
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};  // exponents are taken of scaled scores less this
     float den[2] = {0.0f, 0.0f};                          // of the thread's own columns
 
+    // Each thread's denominators become those of all columns.
+    __device__ __forceinline__ void sum_den() {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            den[i] += __shfl_xor_sync(~0u, den[i], 1);
+            den[i] += __shfl_xor_sync(~0u, den[i], 2);
+        }
+    }
+
     // Scores less the shift, which is 0 from then on. The multiply-add of `weigh` does not round the product as the shift was
     // rounded: of large scores what is left of that would be more than an exponent.
     __device__ __forceinline__ static void subtract(float (&scores)[SCORES], float scale, float (&less)[2]) {
