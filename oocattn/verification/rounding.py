@@ -63,8 +63,8 @@ FlashAttention's calls on problems of every kind (H200)."""
 
 TANH = 3.0  # of a capped score, in units of u: of tanh, its argument and its factor, as one rounding error
 MATRIX_UNITS = 1e-5  # of lse: what matrix units that truncate sums and approximate powers of two may lose besides
-OVERFLOW = 2.0**115
-"""Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^12."""
+OVERFLOW = 2.0**119
+"""Sums of values as large as this may overflow float32, with weights that a kernel has raised by up to 2^8."""
 
 SCORE_OVERFLOW = 2.0**126
 """Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""

@@ -52,32 +52,21 @@ __device__ __forceinline__ float exp2_of(float x) {
     return y;
 }
 
-// Two numbers as 16-bit ones, and these as float32.
+// Two numbers as 16-bit ones.
+__device__ __forceinline__ unsigned narrow(float low, float high) {
+    unsigned both;
 #if VALUES_BFLOAT16
-
-__device__ __forceinline__ unsigned narrow(float low, float high) {
-    unsigned both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-__device__ __forceinline__ float2 widen(unsigned both) {
-    return {__uint_as_float(both << 16), __uint_as_float(both & 0xFFFF0000)};
-}
-
 #else
-
-__device__ __forceinline__ unsigned narrow(float low, float high) {
-    unsigned both;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#endif
     return both;
 }
 
+// Two numbers of float16 as float32.
 __device__ __forceinline__ float2 widen(unsigned both) {
     float2 two;
     asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}\n"
         : "=f"(two.x), "=f"(two.y) : "r"(both));
     return two;
 }
-
-#endif

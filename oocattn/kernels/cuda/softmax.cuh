@@ -1,8 +1,8 @@
 // The scores of a step of hopper.cu: their terms, the keys that a row does not attend, and the softmax over all steps.
 //
 // A thread has two rows, `row` and 8 below it, of an item; each is shared by the four threads of a quad. Compiled with
-// SOFTCAP, SLOPES and BIAS (0 or 1: the terms of a score beside its scale), WEIGHT_PARTS (1 or 2: 16-bit parts of a weight),
-// VALUES_BFLOAT16 (0 or 1: what these are) and SHIFTED (0 or 1: whether the shifts are given).
+// SOFTCAP, SLOPES and BIAS (0 or 1: the terms of a score beside its scale), WEIGHT_PARTS (1, or 2 of float16: the parts
+// of a weight) and SHIFTED (0 or 1: whether the shifts are given).
 
 #pragma once
 
@@ -17,9 +17,9 @@ constexpr int SCORES = KEYS / 2;  // of each of the 128 threads of a consumer: t
 // How far, in powers of two, scores are above the shift when it is raised, and how much further they may rise before it is
 // raised again. Where weights have two parts they begin high, so that the second, 2^-12 of the first, has its bits in float16.
 // Weights of given shifts are 1 at most: they are lifted as far as float16 goes.
-constexpr float LIFT = SHIFTED ? 15.0f : WEIGHT_PARTS == 2 && !VALUES_BFLOAT16 ? 7.0f : 0.0f;
+constexpr float LIFT = SHIFTED ? 15.0f : WEIGHT_PARTS == 2 ? 7.0f : 0.0f;
 constexpr float RISE = 8.0f;
-constexpr float MOST_SUM = WEIGHT_PARTS == 2 ? 32768.0f : 4096.0f;  // of a thread's weights of a row and step: below 2^16
+constexpr float MOST_SUM = WEIGHT_PARTS == 2 ? 32768.0f : 256.0f;  // of a thread's weights in a step: 2^(LIFT + RISE)
 constexpr float LARGE = 67108864.0f;  // 2^26: float32 holds every fourth number
 constexpr float FINE = 4194304.0f;    // 2^22: it holds halves
 constexpr float LARGEST = 3.402823466e38f;
