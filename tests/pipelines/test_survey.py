@@ -29,9 +29,21 @@ def dataset(shared_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def first(dataset: Path, shared_path: Path) -> Path:
+    """A result without a survey; not to be changed."""
+    oocattn.attention(dataset, shared_path / "first.zarr", causal=True, engine="inline")
+    return shared_path / "first.zarr"
+
+
+@pytest.fixture(scope="module")
 def right(first: Path, shared_path: Path) -> dict[str, bytes]:
     """The bits of its survey."""
     return bits(survey(copied(first, shared_path / "right.zarr")))
+
+
+@pytest.fixture
+def result(first: Path, fast_path: Path) -> Path:
+    return copied(first, fast_path / "result.zarr")
 
 
 def survey(result: Any, *, chunks: int = 3, division: str = "cqs", **options: Any) -> Survey:
