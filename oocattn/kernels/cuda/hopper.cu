@@ -89,8 +89,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
 #endif
             float rise = LIFT + RISE;
             if (PLAIN && !SHIFTED && !first && !masked) {  // in nearly all steps the shift does, and no maximum is needed
-                if (softmax.keep_shift(scores, scale)) return false;
-                rise = LIFT;  // or the shift would not do for the next steps either
+                if (softmax.keep_shift(scores, scale, rise)) return false;
                 multiply_again(scores, shared.query + consumer * 64 * ROW_BYTES, shared.key[keys.stage()]);
             }
 #if !PLAIN

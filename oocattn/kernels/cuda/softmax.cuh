@@ -86,12 +86,16 @@ struct Softmax {
 #endif
 
     // Turn scores into weights by the shift as it is. False where it does not do for one of the warp's rows, in this step: then
-    // the scores are lost.
-    __device__ __forceinline__ bool keep_shift(float (&scores)[SCORES], float scale) {
+    // the scores are lost, and a shift is to be raised where it is exceeded by `rise`.
+    __device__ __forceinline__ bool keep_shift(float (&scores)[SCORES], float scale, float& rise) {
         float sum[2];
         exponentiate(scores, scale, shift, sum);
         const float farthest = fmaxf(fabsf(shift[0]), fabsf(shift[1]));
-        if (__any_sync(~0u, fmaxf(sum[0], sum[1]) > MOST_SUM || farthest > LARGE)) return false;
+        const bool high = fmaxf(sum[0], sum[1]) > MOST_SUM;
+        if (__any_sync(~0u, high || farthest > LARGE)) {
+            if (__any_sync(~0u, high)) rise = LIFT;  // or it would not do for the next steps either
+            return false;
+        }
         den[0] += sum[0];
         den[1] += sum[1];
         return true;
