@@ -79,9 +79,13 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         softmax.take_shift(call, item.head, first_row);
 #endif
 
+#if LISTED
+        int now_live = WHOLE;
+#endif
         auto weigh = [&](int step, bool first) {
 #if LISTED
-            const int slot = keys.slot(), key = shared.steps[slot].first, live = shared.steps[slot].live;
+            const auto [key, live] = for_warp(shared.steps[keys.slot()]);
+            now_live = live;
             const bool masked = live != WHOLE && !is_whole(whole, key);
 #else
             const int key = item.key(step);
@@ -120,7 +124,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         auto begin_sums = [&] {
             wait(&shared.value_full[values.stage()], values.phase());
 #if LISTED
-            const int live = shared.steps[values.slot()].live;
+            const int live = now_live;
             if (live < KEYS) clear_values(shared.value[values.stage()], live, 1 + consumer);
 #endif
             begin_values(sums.num, weights, further(first_value, values.stage() * VALUE_BYTES), sums.adds());

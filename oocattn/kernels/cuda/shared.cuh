@@ -24,6 +24,13 @@ struct Step {
     int live;   // keys from there on that any row of the tile attends; WHOLE if all rows attend the step
 };
 constexpr int WHOLE = 0x7FFFFFFF;
+
+// A step, for a warp: the lane reads it that tells when its keys are free again, and so when it may be overwritten.
+__device__ __forceinline__ Step for_warp(const Step& step) {
+    Step own = {};
+    if (threadIdx.x % 32 == 0) own = step;
+    return {__shfl_sync(~0u, own.first, 0), __shfl_sync(~0u, own.live, 0)};
+}
 #endif
 
 struct Shared {
