@@ -21,7 +21,7 @@ from typing import Any, cast
 from oocattn import clock
 from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt
-from oocattn.pipelines.deadline import Deadline
+from oocattn.pipelines.deadline import MARGIN_SECONDS, Deadline
 from oocattn.pipelines.engines.base import Engine
 from oocattn.pipelines.failing import insist
 from oocattn.pipelines.finished import (
@@ -48,6 +48,7 @@ from oocattn.storage.paths import REPORT
 ATTEMPTS = 3  # after so many failures at one place, or anywhere with nothing done in between, the run ends
 
 COMMIT = "the commit of the result"
+SUMMED = " while sums over rows were added up: what was done is on disk"
 WAITED = " while it waited for workers: what was done is on disk"
 
 COUNTED_AS = {DamagedPartialError: "recomputed", TaskError: "retried", WorkerLostError: "workers_lost"}
@@ -80,9 +81,9 @@ def carry_out(
         lanes = _drive(run, engine, emit, start, interrupts, until)
         finished = insist(COMMIT, lambda: _all_finished(run))
         _check_pairs(plan, finished)
+        insist(COMMIT, lambda: write_sums(run, lambda: interrupts.check(until - MARGIN_SECONDS - clock.now(), SUMMED)))
         seconds, other_bits = clock.now() - start, run.journal.other_bits
         report = tally.report(plan, finished, seconds=seconds, lanes=lanes, compared=run.compared, other_bits=other_bits)
-        insist(COMMIT, lambda: write_sums(run))
         insist(COMMIT, lambda: run.result.record(gather_checksums(plan, finished)))
         run.state.claim.check()
         insist(COMMIT, lambda: run.paths.save({REPORT: json.dumps(report.to_json(), indent=1)}))

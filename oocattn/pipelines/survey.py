@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import zarr
 
-from oocattn.errors import LockedError, ProblemError
+from oocattn import clock
+from oocattn.errors import LockedError, ProblemError, TimeLimitError
 from oocattn.naming import as_given, named
+from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.base import warn_of_failure
 from oocattn.pipelines.passes import MADE, judging, remove_pass, removed_if_empty
 from oocattn.pipelines.result import Result
@@ -28,6 +31,7 @@ from oocattn.problem.second_pass import ARRAYS, Reduced, SecondPass
 from oocattn.shown import NAME_WIDTH, Shown
 from oocattn.storage.files import folders
 from oocattn.storage.locations import output_path
+from oocattn.storage.make.create import Separator
 from oocattn.storage.metadata import describe_array
 from oocattn.storage.paths import ATTRIBUTES, STORE, SURVEY, ResultPaths
 from oocattn.storage.results.added import MARK, add_arrays, missing, open_added, settle
@@ -156,7 +160,8 @@ def survey_result(
             made = ResultPaths.at(first.paths.state / SURVEY).state / MADE
             folders.remove_ours(made, folders.GROUP)
             arrays = PassArrays(Path(found.location), first.arrays.lse, first.problem, reduced)
-            Making(arrays, wanted, made, "." if first.paths.stored is None else "/").make()
+            separator: Separator = "." if first.paths.stored is None else "/"
+            Making(arrays, wanted, made, separator, partial(_check_time, until)).make()
             with hold_lock(first.paths, until) as claim:
                 first.require_same()
                 add_arrays(first.paths, made, wanted, claim)
@@ -173,6 +178,12 @@ def _check_place(paths: ResultPaths) -> None:
     if paths.stored is not None:
         paths.stored.check_writable()
         require_lock(paths)
+
+
+def _check_time(until: float) -> None:
+    """Raise TimeLimitError where arrays that are being made would not be added in time."""
+    if clock.now() > until - MARGIN_SECONDS:
+        raise TimeLimitError("time limit reached while the arrays of the survey were made: its pass is done and kept")
 
 
 def _settle(first: FirstPass, asked: SecondPass, until: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,12 +92,16 @@ def wanted_arrays(problem: Problem, reduced: Sequence[Reduced], *, mean_heads: b
 
 @dataclass(frozen=True)
 class Making:
-    """Makes the wanted arrays in a new group at `folder`; `separator` stands between the numbers in their chunks' keys."""
+    """Makes the wanted arrays in a new group at `folder`; `separator` stands between the numbers in their chunks' keys.
+
+    `check` is called before each chunk is read; what it raises ends it.
+    """
 
     found: PassArrays
     wanted: Mapping[str, Added]
     folder: Path
     separator: Separator
+    check: Callable[[], object]
 
     def make(self) -> None:
         """Make all arrays, durably."""
@@ -119,6 +123,7 @@ class Making:
         first = RowReader("lse", self.found.first, "the result")
         (batches, heads, rows), step, off = lse.shape, CHUNK_BYTES // np.dtype(np.float32).itemsize, 0
         for batch, head, start in itertools.product(range(batches), range(heads), range(0, rows, step)):
+            self.check()
             sums = np.empty(min(step, rows - start), np.float32)  # logarithms of sums
             shifts = np.empty_like(sums)
             for reader, into in ((lse, sums), (first, shifts)):
@@ -139,6 +144,7 @@ class Making:
             rows = min(step, out.shape[2] - start)
             chunks = {name: np.empty((1, 1, rows, *row), dtype) for name, (row, dtype) in reduction.arrays.items()}
             for first in range(0, rows, at_a_time):
+                self.check()
                 part = slice(first, min(first + at_a_time, rows))
                 sums = np.empty(part.stop - first, np.float32)  # logarithms
                 of_rows = np.empty((len(sums), out.shape[3]), np.float32)
@@ -154,6 +160,7 @@ class Making:
         source, heads = self.found.array(name), self.wanted[name].shape[1]
         array = self._create(group, name, source.chunks[2])
         for coordinates in itertools.product(*map(range, array.cdata_shape)):
+            self.check()
             selection = chunk_selection(array, coordinates)
             values = np.asarray(source[selection], np.float32)
             if heads < source.shape[1]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,10 @@ def test_files_of_sums_are_no_larger_than_the_plan_says(
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(600, heads=4, kv_heads=2, head_dim=16))
     result, found = oocattn.attention(dataset, fast_path / "result.zarr", causal=causal, engine="inline"), list[int]()
 
-    def write(run: Run) -> None:
+    def write(run: Run, check: Callable[[], object]) -> None:
         written = sum(path.stat().st_size for path in run.paths.scratch.glob("sums-*"))
         found.extend((written, run.plan.scratch_disk))
-        summing.write_sums(run)
+        summing.write_sums(run, check)
 
     monkeypatch.setattr(driver, "write_sums", write)
     with planned(chunks, division):
