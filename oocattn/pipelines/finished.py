@@ -207,7 +207,7 @@ def scan_completed(
 def _has_sums(plan: Plan, files: PartialFiles, head_group: int, chunk: int, partial: PartialId | None = None) -> bool:
     """Whether what was summed over the rows of a chunk is there, of all its contributors or of those in a partial."""
     asked = plan.problem.second_pass
-    if asked is None or asked.reduced is None:
+    if asked is None or not asked.has_sums:
         return True
     of = plan.division_of(head_group).contributors(chunk) if partial is None else partial.subproblems
     return all(files.has_sums(PartialId(head_group, chunk, (index,))) for index in of)

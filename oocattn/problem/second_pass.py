@@ -52,6 +52,11 @@ class SecondPass:
         return VECTORS if self.reduced is None else max(1, sum(each.columns for each in self.reduced))
 
     @property
+    def has_sums(self) -> bool:
+        """Whether it sums over rows, and so keeps sums of every block of pairs."""
+        return any(not each.columns for each in self.reduced or ())
+
+    @property
     def has_values(self) -> bool:
         """Whether it reads v."""
         return self.reduced is None
