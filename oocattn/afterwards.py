@@ -14,8 +14,9 @@ from oocattn.denormals import keep_denormals
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import DASHBOARD, refuse_without_pass
 from oocattn.pipelines.existing import result_at
+from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
-from oocattn.pipelines.survey import Questions, Survey, survey_result
+from oocattn.pipelines.survey import Survey, survey_result
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
@@ -172,10 +173,11 @@ def survey(
     [B, 1, R, C]. All are float32, `top_keys` int64. They are written into the result's group, each whole; those of an
     earlier survey are replaced with `overwrite`. A learnable sink counts as a weight that no key receives.
 
-    A pass that was cut off goes on when the same is asked for again. `inputs` names them if they were moved, `host_memory`
-    bounds what is held (default: half of the free memory), and the options from `time_limit` to `lock` are those of
-    `attention`. Raises IntegrityError where there is no finished result, ResultExistsError where it has such an array,
-    ProblemError where the dataset is not of the result's problem, and BudgetError.
+    A pass that was cut off goes on when the same is asked for again. Another survey is refused until then, unless
+    `overwrite` throws that pass away. `inputs` names them if they were moved, `host_memory` bounds what is held (default:
+    half of the free memory), and the options from `time_limit` to `lock` are those of `attention`. Raises
+    IntegrityError where there is no finished result, ResultExistsError where it has such an array, or the pass of another
+    survey, ProblemError where the dataset is not of the result's problem, and BudgetError.
     """
     named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
     carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until

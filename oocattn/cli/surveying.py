@@ -32,7 +32,7 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     add("--mean-heads", action="store_true", help="average the map over heads")
     add("--draw", dest="map", metavar="FILE.png", help="draw the map, a panel for each head; needs matplotlib")
     add("--host-memory", type=size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)")
-    add("--overwrite", action="store_true", help="replace arrays of another survey")
+    add("--overwrite", action="store_true", help="replace arrays of another survey, and throw its unfinished pass away")
     add_place(parser)
     add_watching(parser)
 

@@ -7,14 +7,16 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oocattn.naming import is_command
+from oocattn.naming import is_command, settings
+from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.run import Run
+from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.origin import is_place, recorded_inputs
 from oocattn.storage.paths import STORE, SURVEY, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, shown_options
 from oocattn.text import printable, shell_command
 
-_SAME_OPTIONS = "  # with the same options"
+_OTHERS = "  # with its other options, if it had any"
 
 
 def how_to_resume(paths: ResultPaths, run: Run | None, given: StorageOptions | None) -> str:
@@ -25,7 +27,7 @@ def how_to_resume(paths: ResultPaths, run: Run | None, given: StorageOptions | N
     remark says so.
     """
     if run is not None and run.plan.problem.second_pass is not None:
-        return how_to_pass(paths)
+        return how_to_pass(paths, run.plan.problem)
     dataset = None if run is None else run.header.dataset
     place, remarks = _place(paths)
     options, inputs = shown_options(given), [] if dataset is None else recorded_inputs(dataset.location, dataset.tensors)
@@ -44,18 +46,22 @@ def how_to_resume(paths: ResultPaths, run: Run | None, given: StorageOptions | N
     return printable(words + (f" ({', and '.join(remarks)})" if remarks else ""))
 
 
-def how_to_pass(paths: ResultPaths) -> str:
-    """The command, or the call, that goes on with the second pass at `paths`, in the folder of job state of its result."""
-    folder = paths.folder.parent
+def how_to_pass(paths: ResultPaths, problem: Problem) -> str:
+    """The command, or the call, that goes on with the second pass of a problem at `paths`, beside its result."""
+    folder, asked = paths.folder.parent, problem.second_pass
     beside = folder.name.endswith(".oocattn")
     result = str(folder.with_name(folder.name.removesuffix(".oocattn"))) if beside else ...
-    surveys = paths.folder.name == SURVEY
+    options: Mapping[str, object] = {"all_rows": True}
+    name, others = "verify", ""
+    if paths.folder.name == SURVEY:
+        usual = Questions().options
+        options = {name: value for name, value in Questions.of(problem).options.items() if value != usual[name]}
+        name, others = "survey", _OTHERS
+    elif asked is not None and asked.seed:
+        options = {**options, "seed": asked.seed}
     if is_command() and result is not ...:
-        words = ["survey", result] if surveys else ["verify", result, "--all-rows"]
-        return printable(shell_command(["oocattn", *words]) + _SAME_OPTIONS * surveys)
-    if surveys:
-        return printable(f"oocattn.survey({_python(result)}){_SAME_OPTIONS}")
-    return printable(f"oocattn.verify({_python(result)}, all_rows=True)")
+        return printable(" ".join(filter(None, [shell_command(["oocattn", name, result]), settings(options)])) + others)
+    return printable(_written_call(name, result, options) + others)
 
 
 def _place(paths: ResultPaths) -> tuple[dict[str, str], list[str]]:
@@ -85,9 +91,12 @@ def _option_text(value: object) -> str:
 
 
 def _call(result: object, named: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    given = {**named, **({"storage_options": dict(options)} if options else {})}
+    return _written_call("resume", result, {**named, **({"storage_options": dict(options)} if options else {})})
+
+
+def _written_call(function: str, result: object, given: Mapping[str, object]) -> str:
     written = [_python(result), *(f"{name}={_python(value)}" for name, value in given.items())]
-    return f"oocattn.resume({', '.join(written)})"
+    return f"{'.'.join(('oocattn', function))}({', '.join(written)})"
 
 
 def _python(value: object) -> str:

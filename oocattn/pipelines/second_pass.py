@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
 from oocattn.kernels.registry import proving_kernel, require_kernel, share_code
-from oocattn.naming import as_given, named
+from oocattn.naming import as_given, named, setting, settings
 from oocattn.pipelines import session
 from oocattn.pipelines.engines.base import warn_of_failure
 from oocattn.pipelines.existing import Found, Request, find
 from oocattn.pipelines.passes import judging, remove_pass
+from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.result import Result
-from oocattn.pipelines.run import Run
+from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
@@ -90,12 +91,13 @@ class Asked:
     """What a second pass computes, and the name of its result in the folder of job state of the result that it is of.
 
     With `other` it is by another division than the first pass's, if the budget allows. `kernel` pins one, `device_memory` is
-    its budget in bytes.
+    its budget in bytes. A pass that is there and can only go on otherwise is an error with `keep`; else it begins again.
     """
 
     second_pass: SecondPass
     name: str
     other: bool = False
+    keep: bool = False
     kernel: str | None = None
     device_memory: int | None = None
 
@@ -112,7 +114,7 @@ def second_pass(
     """Compute a second pass, or find it; it is removed where what is inside has ended well.
 
     `host_memory` is its budget in bytes. Raises what `attention` raises, LockedError where another process has the same pass
-    over the result, and IntegrityError where the result was replaced meanwhile.
+    over the result, IntegrityError where the result was replaced meanwhile, and ResultExistsError for a pass that is kept.
     """
     paths = ResultPaths.at(first.paths.state / what.name)
     first.paths.make_state()
@@ -158,10 +160,40 @@ def _refusal(begun: Run, choices: Choices, what: Asked) -> str:
     return ""
 
 
-def _why(error: IntegrityError | ResultExistsError) -> str:
-    """Why a pass cannot go on. Advice for runs, to resume or to overwrite, is not for a pass."""
-    other = "it was asked for with other options or inputs, or began in another version of oocattn"
-    return other if isinstance(error, ResultExistsError) else words_of(error)
+def _find(request: Request, choices: Choices, what: Asked) -> tuple[Run | Found, str]:
+    """The pass that is there, and why it cannot go on as is asked; "" if it can, or if there is none.
+
+    Raises ResultExistsError where it is kept.
+    """
+    try:
+        found = find(request)
+        refused = _refusal(found, choices, what) if isinstance(found, Run) else ""
+    except IntegrityError as error:  # it can go on nowhere
+        return Found.NOTHING, words_of(error)
+    except ResultExistsError as error:
+        differing = _differing(request)
+        if what.keep and not differing:
+            raise
+        found, refused = Found.NOTHING, differing or words_of(error)
+    if refused and what.keep:
+        raise ResultExistsError(
+            f"{request.paths.result}: a second pass that was begun there cannot go on ({refused}): ask for it as then, or "
+            f"throw it away with {setting('overwrite', True)}"
+        )
+    return found, refused
+
+
+def _differing(request: Request) -> str:
+    """In what a pass that is there differs from the one that is asked for; "" where nothing of ours is there."""
+    try:
+        begun = find_unfinished(request.paths, recost=False)
+        problem = ResultAttributes.read(request.paths).problem if begun is None else begun.plan.problem
+    except IntegrityError:
+        return ""
+    found, asked = problem.second_pass, request.problem.second_pass
+    if found != asked and found is not None and found.reduced is not None:
+        return f"it began with {settings(Questions.of(problem).options)}"
+    return "it was asked for with other options or inputs, or began in another version of oocattn"
 
 
 def _compute(
@@ -174,11 +206,7 @@ def _compute(
     until: float,
 ) -> Result:
     """Go on with a pass that is there, or begin one, by the preferred division if the budget allows."""
-    try:
-        found = find(request)
-        refused = _refusal(found, choices, what) if isinstance(found, Run) else ""
-    except (IntegrityError, ResultExistsError) as error:
-        refused = _why(error)
+    found, refused = _find(request, choices, what)
     if refused:
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", refused)
         request, found = replace(request, overwrite=True), Found.NOTHING

@@ -210,7 +210,8 @@ def resume(
             f"{paths.result}: no run to resume{elsewhere}; begin one with {by_face('oocattn.attention', '`oocattn run`')}"
         )
     if found.plan.problem.second_pass is not None:
-        raise ProblemError(f"{paths.result} is a second pass over another result: go on with {how_to_pass(paths)}")
+        words = how_to_pass(paths, found.plan.problem)
+        raise ProblemError(f"{paths.result} is a second pass over another result: go on with {words}")
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
     with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)

@@ -21,13 +21,13 @@ from oocattn.naming import as_given, named
 from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.base import warn_of_failure
 from oocattn.pipelines.passes import MADE, judging, remove_pass, removed_if_empty
+from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey_arrays import MEAN_HEAD, Making, PassArrays, wanted_arrays
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
-from oocattn.problem.problem import Problem
-from oocattn.problem.second_pass import ARRAYS, Reduced, SecondPass
+from oocattn.problem.second_pass import SecondPass
 from oocattn.shown import NAME_WIDTH, Shown
 from oocattn.storage.files import folders
 from oocattn.storage.locations import output_path
@@ -37,42 +37,9 @@ from oocattn.storage.paths import ATTRIBUTES, STORE, SURVEY, ResultPaths
 from oocattn.storage.results.added import MARK, add_arrays, missing, open_added, settle
 from oocattn.storage.results.locking import hold_lock, require_lock
 from oocattn.storage.results.summary import ResultAttributes
-from oocattn.units import ceil_div
-
-MOST_KEYS = (1 << 31) - (1 << 24)
-"""Keys whose numbers are kept in 32 bits."""
 
 FORMAT = 1
 """Of the JSON document."""
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What a survey asks for: arrays, keys of each row, blocks along a side of the map, and whether it averages heads."""
-
-    arrays: tuple[str, ...] = ARRAYS
-    top: int = 8
-    pools: int = 1024
-    mean_heads: bool = False
-
-    def reduced(self, problem: Problem) -> tuple[Reduced, ...]:
-        """What the second pass is asked for. Raises ProblemError for keys whose numbers it cannot keep."""
-        if "top_keys" in self.arrays and problem.keys > MOST_KEYS:
-            raise ProblemError(
-                f"{problem.keys:,} keys: top_keys of at most {MOST_KEYS:,}; leave it out of {named('arrays')}"
-            )
-        every = {
-            "received": Reduced("received"),
-            "entropy": Reduced("entropy", (), 1),
-            "top_keys": Reduced("top_keys", (self.top,), 2 * self.top),
-            "pooled": Reduced("pooled", self.pool_sizes(problem)),
-        }
-        return tuple(every[name] for name in ARRAYS if name in self.arrays)
-
-    def pool_sizes(self, problem: Problem) -> tuple[int, int, int, int]:
-        """Rows and keys of a pool of the map, its first row, and how many pools of keys there are."""
-        rows, keys = (ceil_div(count, min(self.pools, count)) for count in (problem.out_rows, problem.keys))
-        return rows, keys, problem.rows_asked[0], ceil_div(problem.keys, keys)
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,7 +113,8 @@ def survey_result(
 ) -> Survey:
     """Survey a result, and add the arrays to it, unless they are there already.
 
-    Raises what `second_pass` raises, and ResultExistsError as `missing`.
+    Raises what `second_pass` raises, and ResultExistsError as `missing`. With `overwrite` arrays of another survey are
+    replaced, and the pass of another one that is not finished is thrown away.
     """
     until, reduced = carrying_out[2], questions.reduced(first.problem)
     asked = SecondPass(reduced=reduced)
@@ -155,7 +123,7 @@ def survey_result(
         _check_place(first.paths)
         with (
             removed_if_empty(first.paths.state),
-            second_pass(first, Asked(asked, SURVEY), host_memory, *carrying_out) as found,
+            second_pass(first, Asked(asked, SURVEY, keep=not overwrite), host_memory, *carrying_out) as found,
         ):
             made = ResultPaths.at(first.paths.state / SURVEY).state / MADE
             folders.remove_ours(made, folders.GROUP)

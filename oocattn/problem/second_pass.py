@@ -16,8 +16,10 @@ LSE = "lse"
 VECTORS = 8
 """Sign vectors of a proof. A difference of `out` that is as large as the noise escapes one with a probability of 68%."""
 
+_NUMBERS = {"received": 0, "entropy": 0, "top_keys": 1, "pooled": 4}
+"""How many numbers each reduction is asked for with."""
 
-ARRAYS = ("received", "entropy", "top_keys", "pooled")
+ARRAYS = tuple(_NUMBERS)
 """What a survey may be asked for; the weights of the top keys come with these."""
 
 MOST_TOP, MOST_POOLS = 128, 4096
@@ -31,6 +33,10 @@ class Reduced:
     name: str
     numbers: tuple[Count, ...] = ()
     columns: Count = 0
+
+    def __post_init__(self) -> None:
+        if len(self.numbers) != _NUMBERS.get(self.name) or 0 in self.numbers[:2]:  # the sizes of what it keeps
+            raise ValueError(f"no reduction {self.name!r:.40} of numbers {list(self.numbers)!s:.80}")
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,22 @@ def test_a_time_limit_ends_with_75_and_the_same_command_goes_on(
     assert not list(fast_path.glob("*.oocattn/survey*"))
 
 
+def test_the_pass_of_another_survey_is_kept_and_the_line_says_with_which_options_it_began(
+    result: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["survey", result, "--arrays", "received,top_keys", *INLINE]
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "drive", late_after(Attempt.drive))
+        assert main([*given, "--time-limit", "1h"]) == 75
+    capsys.readouterr()
+    assert main(["survey", result, "--arrays", "entropy", *INLINE]) == 1
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    words = "it began with --arrays received,top_keys --top 8): ask for it as then, or throw it away with --overwrite"
+    assert (printed.out, line.endswith(words)) == ("", True), line
+    assert main(["survey", result, "--arrays", "entropy", "--overwrite", *INLINE]) == 0
+
+
 def late_after(drive: Any) -> Any:
     """The drive of an attempt whose time is over when its first work is done."""
 

@@ -20,6 +20,7 @@ from support import BESIDE, damage, normal_arrays, write_dataset
 
 import oocattn
 from oocattn import BudgetError, IntegrityError, Survey
+from oocattn.naming import on_command_line
 from oocattn.pipelines import failing
 from oocattn.storage.journal import lock
 from oocattn.storage.paths import SURVEY
@@ -104,16 +105,6 @@ def test_a_survey_that_was_interrupted_goes_on_to_the_same_bits(
         assert resumed == ([] if kind == "ended" else [True]), "what was in flight is saved"
 
 
-def test_a_survey_of_other_arrays_begins_its_pass_again(
-    result: Path, right: dict[str, bytes], caplog: pytest.LogCaptureFixture
-) -> None:
-    cut_off(result, arrays=["entropy"])
-    assert bits(survey(result)) == right
-    why = "it was asked for with other options or inputs, or began in another version of oocattn"
-    assert caplog.messages == [f"a second pass that was begun cannot go on, and begins again ({why})"]
-    check_settled(result, right)
-
-
 def test_a_survey_of_a_result_that_was_computed_again_begins_again(result: Path, dataset: Path, fast_path: Path) -> None:
     cut_off(result, "written")
     oocattn.attention(dataset, result, engine="inline", overwrite=True)
@@ -130,7 +121,13 @@ def test_a_pass_that_was_begun_is_refused_less_memory_without_a_word_of_seeds(re
 def test_the_status_of_a_pass_says_how_to_go_on(result: Path) -> None:
     cut_off(result)
     status = oocattn.status(state_of(result) / SURVEY)
-    assert (status.state, status.resume) == ("interrupted", f"oocattn.survey({str(result)!r})  # with the same options")
+    remark = "  # with its other options, if it had any"
+    assert (status.state, status.resume) == ("interrupted", f"oocattn.survey({str(result)!r}, pool=7){remark}")
+    survey(result)
+    cut_off(result, arrays=["top_keys"], top=3, overwrite=True)
+    with on_command_line():
+        words = oocattn.status(state_of(result) / SURVEY).resume
+    assert words == f"oocattn survey {result} --arrays top_keys --top 3{remark}"
     assert oocattn.status(result).state == "finished"
 
 

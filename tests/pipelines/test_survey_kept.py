@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from interrupting import EnoughError, interrupt
-from passes import bits, copied, planned
-from support import normal_arrays, write_dataset
+from passes import ARRAYS, bits, copied, planned
+from support import BESIDE, normal_arrays, write_dataset
 
 import oocattn
-from oocattn import Survey
+from oocattn import ResultExistsError, Survey
 
 TOKENS = 150
 
@@ -49,6 +50,13 @@ def cut_off(result: Path, kind: str = "attended", count: int = 2, **options: Any
         survey(result, callbacks=[interrupt(kind, count)], **options)
 
 
+def went_on(result: Path, **options: Any) -> list[bool]:
+    """Ask for a survey; whether its pass went on, for each start of one."""
+    events: list[oocattn.Event] = []
+    survey(result, callbacks=[events.append], **options)
+    return [event.resumed for event in events if event.kind == "started"]
+
+
 @pytest.mark.parametrize("partials", ["memory", "disk"])
 @pytest.mark.parametrize("kind", ["attended", "written"])
 @pytest.mark.parametrize("arrays", [["entropy"], ["entropy", "top_keys"], ["received"]], ids=",".join)
@@ -62,3 +70,52 @@ def test_what_a_pass_has_done_is_not_done_again_also_where_it_sums_nothing_over_
     )
     assert bits(found) == {name: right[name] for name in found.arrays}
     assert sum(attended) < TOKENS * (TOKENS + 1) // 2  # of both heads it would be twice as many
+
+
+OTHERS_BEGUN: dict[str, tuple[dict[str, Any], str]] = {
+    "other arrays": ({"arrays": ["received", "entropy"]}, r"arrays=\('received', 'entropy'\)"),
+    "another top": ({"arrays": ["top_keys"], "top": 3}, r"arrays=\('top_keys',\), top=3"),
+    "other pools": ({"arrays": ["pooled"], "pool": 5}, r"arrays=\('pooled',\), pool=5"),
+    "pools as large as by default": ({"arrays": ["pooled"], "pool": TOKENS}, r"arrays=\('pooled',\), pool=1024"),
+}
+
+
+@pytest.mark.parametrize("moment", ["attended", "ended"])
+@pytest.mark.parametrize("begun", OTHERS_BEGUN)
+def test_the_pass_of_another_survey_is_kept_and_goes_on(begun: str, moment: str, result: Path) -> None:
+    options, words = OTHERS_BEGUN[begun]
+    cut_off(result, moment, 1, **options)
+    before = files_beside(result)
+    with pytest.raises(ResultExistsError, match=rf"cannot go on \(it began with {words}\): .* away with overwrite=True"):
+        survey(result)
+    assert files_beside(result) == before
+    assert went_on(result, **options) == ([True] if moment == "attended" else [])
+
+
+def test_the_pass_of_another_survey_is_thrown_away_by_who_overwrites(
+    result: Path, right: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    cut_off(result, arrays=["entropy"])
+    assert bits(survey(result, overwrite=True)) == right
+    why = "it began with arrays=('entropy',)"
+    assert caplog.messages == [f"a second pass that was begun cannot go on, and begins again ({why})"]
+    assert {path.name for path in result.iterdir()} == {"zarr.json", "out", "lse", *ARRAYS}
+    assert {path.name for path in state_of(result).iterdir()} == BESIDE
+
+
+def test_a_pass_over_inputs_at_another_place_is_kept(result: Path, dataset: Path, fast_path: Path) -> None:
+    shutil.copytree(dataset, fast_path / "elsewhere.zarr")
+    cut_off(result)
+    with pytest.raises(ResultExistsError, match="asked for with other options or inputs"):
+        survey(result, inputs=fast_path / "elsewhere.zarr")
+    assert went_on(result) == [True]
+
+
+def state_of(result: Path) -> Path:
+    return result.with_name(f"{result.name}.oocattn")
+
+
+def files_beside(result: Path) -> dict[str, bytes]:
+    """What is in the folder of job state, but for locks."""
+    files = (path for path in state_of(result).rglob("*") if path.is_file())
+    return {str(path): path.read_bytes() for path in files if path.name != "judging"}

@@ -82,7 +82,8 @@ def test_a_pass_that_was_cut_off_is_continued(result: Path) -> None:
 
 
 def test_a_pass_with_another_seed_begins_again(result: Path, caplog: pytest.LogCaptureFixture) -> None:
-    cut_off(result, seed=1)
+    place = cut_off(result, seed=1)
+    assert oocattn.status(place).resume == f"oocattn.verify({str(result)!r}, all_rows=True, seed=1)"
     certificate, found = verify(result, seed=2)
     assert (certificate.passed, found.seed) == (True, 2)
     assert "cannot go on, and begins again (it was asked for with other options" in caplog.text

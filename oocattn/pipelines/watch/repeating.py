@@ -53,7 +53,7 @@ def planned_of(run: Run) -> Planned:
     plan, source = run.plan, run.header.dataset
     inputs = source.location, source.tensors
     if plan.problem.second_pass is not None:
-        command = how_to_pass(run.paths)
+        command = how_to_pass(run.paths, plan.problem)
     else:
         command = command_again(plan.problem, *inputs, str(run.paths.result), plan.pins, plan.host_memory)
     return Planned.of(plan, printable(source.location), command)
