@@ -179,18 +179,22 @@ def scan_completed(
 ) -> ScanResult:
     """Look at the journal, at what partials say of themselves, and at whether the `result` has what the journal says.
 
-    Whether partials are whole shows when they are read, or here if the search is `thorough`.
+    Without a `result` the journal and the partials are believed, also of sums over rows, which are many files. Whether
+    partials are whole shows when they are read, or here if the search is `thorough`.
     """
-    files = PartialFiles(scratch, journal.run)
-    chunks = {place for place in finished_chunks(plan, journal) if _has_sums(plan, files, *place)}
+    files, asked = PartialFiles(scratch, journal.run), plan.problem.second_pass
+    summed = result is not None and asked is not None and asked.has_sums
+    chunks = {place for place in finished_chunks(plan, journal) if not summed or _has_sums(plan, files, *place)}
     if result is not None and chunks:
         listed = result.listed()
         chunks = {place for place in chunks if is_written(plan, listed, *place)}
     partials: set[tuple[int, int, int]] = set()
     useless, damaged, torn = [], journal.records - len(chunks), 0
     for path, partial in files.scan():
-        if partial is None or not (
-            _fits(plan, partial) and _has_sums(plan, files, partial.head_group, partial.chunk, partial)
+        if (
+            partial is None
+            or not _fits(plan, partial)
+            or (summed and not _has_sums(plan, files, partial.head_group, partial.chunk, partial))
         ):
             damaged += 1
             useless.append(path)
@@ -206,9 +210,6 @@ def scan_completed(
 
 def _has_sums(plan: Plan, files: PartialFiles, head_group: int, chunk: int, partial: PartialId | None = None) -> bool:
     """Whether what was summed over the rows of a chunk is there, of all its contributors or of those in a partial."""
-    asked = plan.problem.second_pass
-    if asked is None or not asked.has_sums:
-        return True
     of = plan.division_of(head_group).contributors(chunk) if partial is None else partial.subproblems
     return all(files.has_sums(PartialId(head_group, chunk, (index,))) for index in of)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support import BESIDE, normal_arrays, write_dataset
 
 import oocattn
 from oocattn import ResultExistsError, Survey
+from oocattn.storage.paths import SURVEY
 
 TOKENS = 150
 
@@ -119,3 +121,27 @@ def files_beside(result: Path) -> dict[str, bytes]:
     """What is in the folder of job state, but for locks."""
     files = (path for path in state_of(result).rglob("*") if path.is_file())
     return {str(path): path.read_bytes() for path in files if path.name != "judging"}
+
+
+def test_the_status_of_a_pass_opens_as_many_files_whatever_sums_it_has_kept(
+    result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_off(result, "written", 1)
+    place = state_of(result) / SURVEY
+    real, opened = os.open, list[str]()
+
+    def spy(path: Any, *options: Any, **named: Any) -> int:
+        opened.append(str(path))
+        return real(path, *options, **named)
+
+    monkeypatch.setattr(os, "open", spy)
+    before = oocattn.status(place)
+    with_sums, sums = len(opened), list((place.with_name(f"{SURVEY}.oocattn") / "partials").glob("sums-*"))
+    assert before.share > 0
+    assert with_sums
+    assert not [path for path in opened if "sums-" in path]
+    for path in sums:
+        shutil.copy(path, path.with_name(f"{path.name}0"))  # of a block that there is not
+    opened.clear()
+    assert oocattn.status(place).share == before.share
+    assert (len(opened), len(sums) > 2) == (with_sums, True)
