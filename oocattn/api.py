@@ -139,17 +139,17 @@ def attention(
 ) -> Result:
     """Run exact attention over `inputs` and write `out` and `lse` as the Zarr group `result`.
 
-    `result` is a path, a URL, or a Zarr store. Journal and partials lie beside a local one. Of another one they are in the
-    folder `scratch` (default: called after the result, in the current folder), or with "store" also in the store itself,
-    so that another machine can resume. `lock` is "none" where the caller sees to it that no other run writes there, for a
-    store without conditional puts (docs/remote.md). `storage_options` are those of `plan`, also for the result.
-    What mask, scores and rows may be asked: `help(oocattn.ProblemArguments)`. The arguments up to `checkpoint_interval` are
-    those of `plan`. `time_limit` is in seconds from this call, or like "8h"; the run ends before it has passed, with all its
-    work on disk. `engine` is "dask", or "inline": threads of this process without a scheduler. With Dask the run uses the
-    workers of `client`, a connected `distributed.Client` that is not asynchronous, or a cluster of its own with its
+    `result` is a path, a URL, a Zarr store, or a `Result`. Journal and partials lie beside a local one. Of another one they
+    are in the folder `scratch` (default: called after the result, in the current folder), or with "store" also in the store
+    itself, so that another machine can resume. `lock` is "none" where the caller sees to it that no other run writes there,
+    for a store without conditional puts (docs/remote.md). `storage_options` are those of `plan`, also for the result. What
+    mask, scores and rows may be asked: `help(oocattn.ProblemArguments)`. The arguments up to `checkpoint_interval` are
+    those of `plan`. `time_limit` is in seconds from this call, or like "8h"; the run ends before it has passed, with all
+    its work on disk. `engine` is "dask", or "inline": threads of this process without a scheduler. With Dask the run uses
+    the workers of `client`, a connected `distributed.Client` that is not asynchronous, or a cluster of its own with its
     dashboard at `dashboard_address`. `callbacks` are called with every `Event`, and `progress` shows a bar on standard
-    error, or in a notebook. A finished result of the same problem and dataset is returned as it is, with a warning where its
-    certificate failed, and an unfinished one is resumed with its plan; `overwrite` computes it again. Signals, failing
+    error, or in a notebook. A finished result of the same problem and dataset is returned as it is, with a warning where
+    its certificate failed, and an unfinished one is resumed with its plan; `overwrite` computes it again. Signals, failing
     callbacks and waiting for workers: docs/interruptions.md, docs/python.md, docs/clusters.md.
 
     Raises ProblemError (also where the cluster is not ready), BudgetError, ResultExistsError (something else is at

@@ -64,6 +64,16 @@ def test_the_result_is_plain_zarr_beside_its_report(client: Client, dataset: Pat
     assert {path.name for path in (folder / "out.zarr.oocattn").iterdir()} == BESIDE
 
 
+def test_a_result_stands_for_its_place(dataset: Path, fast_path: Path) -> None:
+    result = oocattn.attention(dataset, fast_path / "out.zarr", engine="inline")
+    assert oocattn.verify(result, rows=4).passed
+    assert oocattn.open(result).certificate.outcome == oocattn.status(result).certificate == "passed"
+    assert oocattn.survey(result, arrays=["entropy"], engine="inline").path == str(fast_path / "out.zarr")
+    assert oocattn.survey(oocattn.open(result), arrays=["entropy"]).arrays["entropy"].shape == (1, 4, 130)
+    assert oocattn.report(result).result == str(fast_path / "out.zarr")
+    assert oocattn.resume(result).path == result.path
+
+
 def test_options_reach_the_plan(client: Client, dataset: Path, fast_path: Path) -> None:
     plan = oocattn.plan(
         dataset, causal=True, scale=0.5, dtype="float16", device_memory="1GiB", host_memory=2 << 30, chunks=5,

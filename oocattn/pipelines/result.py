@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import zarr
+from zarr.storage import StorePath
 
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.planning.plan import Plan
@@ -43,6 +44,11 @@ class Result(Shown):
     report: RunReport | None
     certificate: Summary | None = None
     plan: Plan | None = None
+
+    @property
+    def result_place(self) -> Path | StorePath:
+        """Where it is, as functions take it that are given this in place of a path: of one in a store, there."""
+        return self.path if isinstance(self.path, Path) else StorePath(self.out.store, self.out.path.rpartition("/")[0])
 
     def to_json(self) -> dict[str, Any]:
         """Where the result is, its arrays, plan, report and certificate, as a JSON document (docs/scripts.md)."""

@@ -12,12 +12,15 @@ import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote_to_bytes
 
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.naming import by_face, named
 from oocattn.text import printable, without_credentials
+
+if TYPE_CHECKING:  # Zarr takes half a second
+    from zarr.storage import StorePath
 
 SCHEMES = ("s3", "gs", "az", "abfs", "http", "https", "memory")
 """Schemes of remote stores. memory:// is fsspec's store within this process, for tests."""
@@ -48,6 +51,14 @@ class Location:
 
     def __str__(self) -> str:
         return self.text if self.path is not None else without_credentials(self.text)
+
+
+class OpenResult(Protocol):
+    """A finished result that is open: a `Result`."""
+
+    @property
+    def result_place(self) -> Path | StorePath:
+        """Where it is."""
 
 
 def parse_location(typed: object, what: str = "dataset") -> Location:

@@ -27,7 +27,7 @@ from oocattn.storage.files.folders import is_folder, is_taken, remove_file, requ
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.journal.journal import read_header
-from oocattn.storage.locations import output_path, parse_location, resolve_path
+from oocattn.storage.locations import OpenResult, output_path, parse_location, resolve_path
 from oocattn.storage.nodes import group_attributes
 
 if TYPE_CHECKING:  # Zarr takes half a second, and `status` of a local result does without
@@ -59,8 +59,8 @@ GROWING_NAME = re.compile(r"result-[0-9a-f]{8}\.zarr")
 TRASH_NAME = re.compile(r"trash-[0-9a-f]{8}")
 
 
-ResultLike: TypeAlias = "str | Path | Store | StorePath"
-"""A result as callers give it: a path, a URL, or a Zarr store."""
+ResultLike: TypeAlias = "str | Path | Store | StorePath | OpenResult"
+"""A result as callers give it: a path, a URL, a Zarr store, or a `Result`."""
 
 LOCKS = ("auto", "none")
 """How runs to a result in a store keep away from each other: by its conditional put, or as the caller sees to it."""
@@ -89,11 +89,12 @@ class ResultPaths:
         lock: str = "auto",
         storage_options: StorageOptions | None = None,
     ) -> ResultPaths:
-        """The places of the result at a path or a URL, or in a Zarr store.
+        """The places of the result at a path or a URL, in a Zarr store, or as it is open.
 
         `scratch` is the folder of job state of a result that is in no folder, or `STORE`. Raises ProblemError for what is no
         place of a result, and where scratch or lock are given of a local one.
         """
+        typed = getattr(typed, "result_place", typed)
         local = _local(typed)
         if local is not None:
             if scratch is not None or lock != "auto":

@@ -104,6 +104,18 @@ def test_a_surveyed_result_in_a_store_is_surveyed_again_verified_and_replaced(pl
     assert {name for name, _ in group_of(place, use_consolidated=False).arrays()} == {"out", "lse"}
 
 
+def test_a_result_that_is_open_is_surveyed_and_verified_where_it_is(place: dict[str, Any], right: dict[str, bytes]) -> None:
+    """Without storage options: its store is open."""
+    own = {name: value for name, value in place.items() if name in ("scratch", "lock")}
+    opened = oocattn.open(**{name: value for name, value in place.items() if name != "lock"})
+    assert bits(survey({"result": opened, **own})) == right
+    assert {name: np.asarray(group_of(place)[name]).tobytes() for name in ARRAYS} == right
+    own.pop("lock", None)
+    certificate = oocattn.verify(opened, rows=4, **own)
+    assert (certificate.passed, certificate.result) == (True, str(opened.path))
+    assert oocattn.status(opened, **own).certificate == "passed"
+
+
 def in_s3(options: dict[str, Any], dataset: Path) -> dict[str, Any]:
     place = {"result": f"s3://{BUCKET}/r{next(NUMBERS)}.zarr", "storage_options": options}
     oocattn.attention(dataset, **place, engine="inline")

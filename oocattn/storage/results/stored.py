@@ -172,6 +172,8 @@ def _at_url(location: Location, options: StorageOptions | None) -> StoredResult:
 def _in_store(given: Store | StorePath) -> StoredResult:
     path = given.path if isinstance(given, StorePath) else ""
     store = given.store if isinstance(given, StorePath) else given
+    if isinstance(store, RemoteStore) and not path:  # of a result that is open
+        return StoredResult(RemoteStore.of_files(store.fs, store.path, store.location, read_only=False), store.location)
     if isinstance(store, FsspecStore):
         root = "/".join(part for part in (store.path.rstrip("/"), path) if part)
         protocol = unwrapped_files(store.fs).protocol
