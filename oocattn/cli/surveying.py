@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import oocattn
-from oocattn.cli.carrying_out import add_watching, carrying_out
+from oocattn.cli.carrying_out import PlanPrinter, add_watching, carrying_out
 from oocattn.cli.documents import show
 from oocattn.cli.exit_codes import DONE
 from oocattn.cli.inputs import given_storage_options, moved_inputs
@@ -38,7 +38,7 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
 
 
 def survey(options: argparse.Namespace) -> int:
-    """Survey a result, and print what was added to it."""
+    """Survey a result, and print the plan of the pass, what was added, and how long that took."""
     if options.map:
         from oocattn.pipelines.survey import check_map  # takes PyTorch
 
@@ -47,8 +47,11 @@ def survey(options: argparse.Namespace) -> int:
     names = ("arrays", "top", "pool", "mean_heads", "host_memory", "overwrite", "scratch", "lock")
     chosen = {name: getattr(options, name) for name in names}
     chosen |= {"inputs": moved_inputs(options), "storage_options": given_storage_options(options)}
-    with carrying_out(options) as how:
+    with carrying_out(options, PlanPrinter(silent=options.json)) as how:
         found = oocattn.survey(options.result, **chosen, **how)
+    if found.seconds is None:
+        untimed = f", and {options.timeline} not written" if options.timeline else ""
+        print(printable(f"{found.path} has these arrays already; nothing was computed{untimed}"))
     show(options, found)
     if options.map:
         found.visualize(options.map)

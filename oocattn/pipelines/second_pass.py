@@ -69,11 +69,12 @@ class FirstPass:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass leaves: its arrays, where they are, and what it records of its plan."""
+    """What a pass leaves: its arrays, where they are, and what it records of its plan; with plan and report of the `run`."""
 
     arrays: ResultArrays
     location: str
     plan: PlanRecord
+    run: Result
 
     @property
     def computed_by(self) -> str:
@@ -127,7 +128,8 @@ def second_pass(
         preferred = _OTHER_DIVISION[first.plan.decomposition] if what.other else None
         result = _compute(request, choices, what, preferred, workplace, callbacks, until)
         first.require_same()
-        yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), ResultAttributes.read(paths).plan)
+        recorded = ResultAttributes.read(paths).plan
+        yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), recorded, result)
         with warn_of_failure(f"{paths.result} was not removed"):
             remove_pass(paths, until)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +26,9 @@ from oocattn.pipelines.result import Result
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey_arrays import MEAN_HEAD, Making, PassArrays, wanted_arrays
 from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.watch.report import RunReport
 from oocattn.pipelines.workplace import Workplace
+from oocattn.planning.plan import Plan
 from oocattn.problem.second_pass import SecondPass
 from oocattn.shown import NAME_WIDTH, Shown
 from oocattn.storage.files import folders
@@ -34,9 +36,10 @@ from oocattn.storage.locations import output_path
 from oocattn.storage.make.create import Separator
 from oocattn.storage.metadata import describe_array
 from oocattn.storage.paths import ATTRIBUTES, STORE, SURVEY, ResultPaths
-from oocattn.storage.results.added import MARK, add_arrays, missing, open_added, settle
+from oocattn.storage.results.added import MARK, Added, add_arrays, missing, open_added, settle
 from oocattn.storage.results.locking import hold_lock, require_lock
 from oocattn.storage.results.summary import ResultAttributes
+from oocattn.units import format_seconds
 
 FORMAT = 1
 """Of the JSON document."""
@@ -44,16 +47,29 @@ FORMAT = 1
 
 @dataclass(frozen=True, repr=False)
 class Survey(Shown):
-    """Where a surveyed result is, the arrays that were added to it, and the query heads that it has (None: all)."""
+    """Where a surveyed result is, the arrays that were added to it, and the query heads that it has (None: all).
+
+    `seconds` is the wall time of the call that added them, None where all were there already. `plan` and `report` are those
+    of its pass over the pairs; None where that was done before.
+    """
 
     path: str
     arrays: Mapping[str, zarr.Array[Any]] = field(default_factory=dict)
     heads: tuple[int, ...] | None = None
+    seconds: float | None = None
+    plan: Plan | None = None
+    report: RunReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON document (docs/scripts.md)."""
-        arrays = {name: describe_array(array) for name, array in self.arrays.items()}
-        return {"format": FORMAT, "path": self.path, "arrays": arrays}
+        return {
+            "format": FORMAT,
+            "path": self.path,
+            "arrays": {name: describe_array(array) for name, array in self.arrays.items()},
+            "seconds": self.seconds,
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "report": None if self.report is None else self.report.to_json(),
+        }
 
     def visualize(self, path: str | Path) -> Path:
         """Draw `pooled` as a PNG file, a panel for each head, and return its path. It takes matplotlib.
@@ -86,7 +102,15 @@ class Survey(Shown):
         return f"{', '.join(self.arrays)} of {self.path}"
 
     def _table(self) -> list[tuple[str, str]]:
-        return [("path", self.path), *((name, f"{list(array.shape)} {array.dtype}") for name, array in self.arrays.items())]
+        rows = [("path", self.path), *((name, f"{list(array.shape)} {array.dtype}") for name, array in self.arrays.items())]
+        return rows if self.seconds is None else [*rows, ("time", self._time(self.seconds))]
+
+    def _time(self, seconds: float) -> str:
+        if self.report is None:
+            return f"{format_seconds(seconds)}; the pass was done before"
+        of_pass, predicted = (format_seconds(each) for each in (self.report.seconds, self.report.predicted_seconds))
+        since = " since it was resumed" if self.report.pairs_before else ""
+        return f"{format_seconds(seconds)}, of which the pass took {of_pass}{since} (predicted {predicted})"
 
 
 def _panel_names(batch: int, heads: Sequence[int]) -> list[str]:
@@ -116,27 +140,41 @@ def survey_result(
     Raises what `second_pass` raises, and ResultExistsError as `missing`. With `overwrite` arrays of another survey are
     replaced, and the pass of another one that is not finished is thrown away.
     """
-    until, reduced = carrying_out[2], questions.reduced(first.problem)
-    asked = SecondPass(reduced=reduced)
+    start, until, reduced = clock.now(), carrying_out[2], questions.reduced(first.problem)
+    asked = Asked(SecondPass(reduced=reduced), SURVEY, keep=not overwrite)
     wanted = wanted_arrays(first.problem, reduced, mean_heads=questions.mean_heads)
+    found: dict[str, Any] = {}
     if missing(first.paths, wanted, overwrite=overwrite) or overwrite:
-        _check_place(first.paths)
-        with (
-            removed_if_empty(first.paths.state),
-            second_pass(first, Asked(asked, SURVEY, keep=not overwrite), host_memory, *carrying_out) as found,
-        ):
-            made = ResultPaths.at(first.paths.state / SURVEY).state / MADE
-            folders.remove_ours(made, folders.GROUP)
-            arrays = PassArrays(Path(found.location), first.arrays.lse, first.problem, reduced)
-            separator: Separator = "." if first.paths.stored is None else "/"
-            Making(arrays, wanted, made, separator, partial(_check_time, until)).make()
-            with hold_lock(first.paths, until) as claim:
-                first.require_same()
-                add_arrays(first.paths, made, wanted, claim)
+        run = _add(first, asked, wanted, host_memory, carrying_out)
+        found["seconds"] = clock.now() - start
+        if run.plan is not None and run.report is not None:  # whose place is no more
+            found |= {"plan": run.plan, "report": replace(run.report, place=None)}
     else:
         with warn_of_failure("what a survey that was killed has left was not removed"):
-            _settle(first, asked, until)
-    return Survey(str(first.paths.result), open_added(first.paths, wanted), first.problem.heads)
+            _settle(first, asked.second_pass, until)
+    return Survey(str(first.paths.result), open_added(first.paths, wanted), first.problem.heads, **found)
+
+
+def _add(
+    first: FirstPass,
+    asked: Asked,
+    wanted: Mapping[str, Added],
+    host_memory: int | None,
+    carrying_out: tuple[Workplace, Sequence[Callback], float],
+) -> Result:
+    """Add arrays to a result, by a second pass; return what ran of it."""
+    _check_place(first.paths)
+    until, reduced = carrying_out[2], asked.second_pass.reduced or ()
+    with removed_if_empty(first.paths.state), second_pass(first, asked, host_memory, *carrying_out) as found:
+        made = ResultPaths.at(first.paths.state / SURVEY).state / MADE
+        folders.remove_ours(made, folders.GROUP)
+        arrays = PassArrays(Path(found.location), first.arrays.lse, first.problem, reduced)
+        separator: Separator = "." if first.paths.stored is None else "/"
+        Making(arrays, wanted, made, separator, partial(_check_time, until)).make()
+        with hold_lock(first.paths, until) as claim:
+            first.require_same()
+            add_arrays(first.paths, made, wanted, claim)
+        return found.run
 
 
 def _check_place(paths: ResultPaths) -> None:

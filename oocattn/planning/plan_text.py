@@ -36,6 +36,7 @@ def plan_text(plan: Plan) -> str:
     queries = f"queries      {plan.query_chunks} chunk{'s' * (plan.query_chunks > 1)} of {plan.chunk_rows:,} rows"
     lines = [
         *textwrap.wrap(f"problem      {plan.problem}", WIDTH, subsequent_indent=" " * 13),
+        *_second_pass(plan),
         f"pairs        {_pairs(plan)}",
         f"division     {division}; {plan.subproblems:,} subproblem{'s' * (plan.subproblems != 1)}",
         *([] if _has_same_chunks(plan) else [queries]),
@@ -62,6 +63,15 @@ def _chunks(plan: Plan) -> str:
     """Number and size of chunks; where those of queries are others, only of keys."""
     tokens = "tokens" if _has_same_chunks(plan) else "keys"
     return f"{plan.chunks} chunk{'s' * (plan.chunks > 1)} of {plan.key_chunk_rows:,} {tokens}"
+
+
+def _second_pass(plan: Plan) -> list[str]:
+    """Of a second pass, what it is for."""
+    asked = plan.problem.second_pass
+    if asked is None:
+        return []
+    purpose = "proves every row" if asked.reduced is None else f"gives {', '.join(each.name for each in asked.reduced)}"
+    return [f"second pass  over the pairs of a result; {purpose}"]
 
 
 def _has_same_chunks(plan: Plan) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from support import normal_arrays, write_dataset
 
 import oocattn
 from oocattn.cli.main import main
+from oocattn.naming import on_command_line
 from oocattn.pipelines.attempt import Attempt
 
 ARRAYS = ("received", "entropy", "top_keys", "top_weights", "pooled")
@@ -29,30 +31,75 @@ def result(fast_path: Path) -> str:
     return str(fast_path / "out.zarr")
 
 
-def test_a_line_for_each_array_says_what_was_added(result: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["survey", result, "--top", "3", "--pool", "10", *INLINE]) == 0
+def test_the_plan_comes_first_and_then_what_was_added_and_how_long_it_took(
+    result: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = kept(monkeypatch)
+    given = ["survey", result, "--top", "3", "--pool", "10", *INLINE]
+    assert main(given) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines() == [
-        f"path         {result}",
+    plan, _, added = printed.out.partition("\n\npath ")
+    with on_command_line():
+        assert plan == str(found[0].plan)
+    assert "second pass  over the pairs of a result; gives received, entropy, top_keys, pooled\n" in plan
+    lines = [
+        f"        {result}",
         f"received     [1, 4, {TOKENS}] float32",
         f"entropy      [1, 4, {TOKENS}] float32",
         f"top_keys     [1, 4, {TOKENS}, 3] int64",
         f"top_weights  [1, 4, {TOKENS}, 3] float32",
         "pooled       [1, 4, 10, 10] float32",
     ]
-    assert not printed.err
+    *arrays, time = added.splitlines()
+    assert (arrays, printed.err) == (lines, "")
+    assert re.fullmatch(r"time         .* s, of which the pass took .* s \(predicted .* s\)", time)
     assert zarr.open_array(result, path="entropy", mode="r").shape == (1, 4, TOKENS)
-    assert main(["survey", result, "--top", "3", "--pool", "10", *INLINE]) == 0, "it is found"
-    assert capsys.readouterr().out == printed.out
+    assert main([*given, "--timeline", "t.json"]) == 0
+    words = f"{result} has these arrays already; nothing was computed, and t.json not written"
+    assert capsys.readouterr().out == "\n".join([words, f"path {lines[0]}", *lines[1:], ""])
 
 
-def test_the_document_is_that_of_python(result: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["survey", result, "--arrays", "pooled, entropy", "--mean-heads", "--json", *INLINE]) == 0
-    document = json.loads(capsys.readouterr().out)
-    found = oocattn.survey(result, arrays=["entropy", "pooled"], mean_heads=True, engine="inline")
-    assert document == found.to_json()
+def test_the_pass_that_is_resumed_says_what_is_left(
+    result: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["survey", result, "--arrays", "entropy", *INLINE]
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "drive", late_after(Attempt.drive))
+        assert main([*given, "--time-limit", "1h"]) == 75
+    capsys.readouterr()
+    assert main(given) == 0
+    printed = capsys.readouterr().out
+    assert "\nresumed      0 of 4 subproblems are left\n" in printed
+    assert " since it was resumed (predicted " in printed.splitlines()[-1]
+
+
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[oocattn.Survey]:
+    """What `oocattn.survey` returns from now on."""
+    found, real = list[oocattn.Survey](), oocattn.survey
+
+    def survey(*given: Any, **options: Any) -> oocattn.Survey:
+        found.append(real(*given, **options))
+        return found[-1]
+
+    monkeypatch.setattr(oocattn, "survey", survey)
+    return found
+
+
+def test_the_document_is_that_of_python(
+    result: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, given = kept(monkeypatch), ["survey", result, "--arrays", "pooled, entropy", "--mean-heads", "--json", *INLINE]
+    assert main(given) == 0
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert (document, printed.err) == (found[0].to_json(), "")
     assert document["arrays"]["pooled"]["shape"] == [1, 1, TOKENS, TOKENS]
     assert list(document["arrays"]) == ["entropy", "pooled"]
+    assert document["plan"]["seconds"] == document["report"]["predicted_seconds"]
+    assert main(given) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {**document, "seconds": None, "plan": None, "report": None}
+    assert printed.err == f"{result} has these arrays already; nothing was computed\n"
 
 
 @pytest.mark.parametrize("json_", [[], ["--json"]], ids=["text", "json"])

@@ -19,6 +19,7 @@ from support import BESIDE, Recorder, normal_arrays, sizes_of, write_dataset
 import oocattn
 from oocattn import BudgetError, IntegrityError, LockedError, ProblemError, ResultExistsError, Survey
 from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.units import format_seconds
 
 TOKENS, HEADS = 170, 4
 
@@ -268,9 +269,18 @@ def test_a_survey_shows_what_was_added_and_where(result: Path) -> None:
         f"entropy      [1, {HEADS}, {TOKENS}] float32",
         f"top_keys     [1, {HEADS}, {TOKENS}, 2] int64",
         f"top_weights  [1, {HEADS}, {TOKENS}, 2] float32",
+        f"time         {format_seconds(found.seconds)}, of which the pass took {format_seconds(found.report.seconds)} "
+        f"(predicted {format_seconds(found.plan.seconds)})",
     ]
+    assert 0 < found.report.seconds < found.seconds
+    again = survey(result, arrays=["entropy", "top_keys"], top=2)
+    assert (again.seconds, again.plan, again.report) == (None, None, None)
+    assert str(again) == str(found).rpartition("\n")[0]
     document = json.loads(json.dumps(found.to_json()))
     assert (document["format"], document["path"]) == (1, str(result))
+    assert document["report"]["predicted_seconds"] == document["plan"]["seconds"]
+    with pytest.raises(ProblemError, match="does not know its result"):
+        found.report.to_html("report.html")
     assert document["arrays"]["top_keys"] == {"shape": [1, HEADS, TOKENS, 2], "dtype": "int64", "chunks": [1, 1, TOKENS, 2]}
     assert "<td" in found._repr_html_()
 
