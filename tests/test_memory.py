@@ -84,6 +84,18 @@ def growth_of_a_second_run(folder: Path, host_memory: int, causal: bool) -> tupl
     return most[-1] - before, time.time() - start
 
 
+def growth_of_a_survey(folder: Path) -> tuple[int, int]:
+    """Survey `folder`/result.zarr; return how many bytes the process grew by, after a tiny survey, and what was planned."""
+    synthesise(folder / "tiny.zarr", tokens=64, heads=1, head_dim=8, dtype="float16")
+    oocattn.attention(folder / "tiny.zarr", folder / "tiny-result.zarr", engine="inline")
+    oocattn.survey(folder / "tiny-result.zarr", arrays=["entropy"], engine="inline")
+    before = anonymous_bytes()
+    with watched() as most:
+        found = oocattn.survey(folder / "result.zarr", arrays=["entropy"], engine="inline")
+    assert found.plan is not None
+    return most[-1] - before, found.plan.peak_host
+
+
 def in_a_new_process(folder: Path, *arguments: object, function: str = "growth_of_a_run") -> tuple[int, float]:
     """What a function of this module finds in a process that has allocated nothing else."""
     code = (
@@ -110,6 +122,13 @@ def test_a_hundred_mebibytes_in_little_more_than_the_least_that_works(tmp_path: 
     growth, _ = in_a_new_process(tmp_path, budget, causal)
     assert growth <= budget + SMALL_ALLOWANCE
     assert plan_for(dataset, causal=causal).peak_host > budget  # a free choice takes more: the budget did bind
+
+
+def test_a_survey_of_many_keys_takes_what_its_plan_says(fast_path: Path) -> None:
+    synthesise(fast_path / "dataset.zarr", tokens=16, keys=1 << 23, heads=1, head_dim=2, dtype="float16")
+    oocattn.attention(fast_path / "dataset.zarr", fast_path / "result.zarr", engine="inline")
+    growth, planned = in_a_new_process(fast_path, function="growth_of_a_survey")
+    assert growth <= planned + SMALL_ALLOWANCE, "the numbers of its keys are twice 64 MiB"
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def lay_out(
     def laid_out(tiles: Tiles) -> Layout:
         rows, of_call = (chunk_rows, keys) if hardware.device == "cpu" else (tiles.query, tiles.key)
         call = call_size(problem, rows, of_call, hardware.threads)
-        device, host = lane_bytes(problem, buffers, tiles, hardware.scratch_bytes(call))
+        device, host = lane_bytes(problem, buffers, tiles, hardware.scratch_bytes(call), keys)
         device, host = max(device, hardware.measuring_bytes), host + inputs.decode_bytes + problem.given_bytes
         return Layout(grid, out_chunk_rows, tiles, query_chunks, slot, device, host)
 

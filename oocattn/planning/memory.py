@@ -25,6 +25,7 @@ SENT_COPIES = 4  # of a chunk of `out` on its way to a store: ours, and those of
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
 LEDGER_SCRATCH_BYTES = 3 << 20  # temporaries of the ledger: some rows are entered while others are checked
+KEY_NUMBER_BYTES = 16  # of the number of each staged key that a survey has, twice while they are gathered
 ALIGNMENT = 256  # every buffer begins at a multiple of this
 SEGMENT = 2 << 20  # unit of large allocations on a GPU, and of host memory in huge pages
 
@@ -96,9 +97,14 @@ def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
     return queries * of_query + keys * problem.kv_row_bytes + padding
 
 
-def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int) -> tuple[int, int]:
-    """Bytes that a lane allocates on its device, and on the host: a CPU's slots, one partial and scratch count as both."""
-    host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
+def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int, keys: int) -> tuple[int, int]:
+    """Bytes that a lane allocates on its device, and on the host: a CPU's slots, one partial and scratch count as both.
+
+    A subproblem stages at most so many `keys`.
+    """
+    asked = problem.second_pass
+    numbers = KEY_NUMBER_BYTES * keys if asked is not None and asked.reduced is not None else 0
+    host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + numbers
     if buffers.device == "cuda":
         return device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch, host
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
