@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # importing distributed takes a second: only passes do
     host_memory=arguments.size,
     checksums=arguments.boolean,
     all_rows=arguments.boolean,
-    kernel=arguments.choice(*kernel_names(shifted=True)),
+    kernel=arguments.choice(*kernel_names("proofs")),
     device_memory=arguments.size,
     scratch=arguments.path,
     **RUN_OPTIONS,

@@ -28,7 +28,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         help="check every row by a second pass over all pairs, which can be cut off and goes on when asked for again",
     )
     group = parser.add_argument_group("with --all-rows")
-    kernels = kernel_names(shifted=True)
+    kernels = kernel_names("proofs")
     group.add_argument("--kernel", choices=kernels, help="kernel of the pass (default: of a Hopper GPU, if it serves there)")
     group.add_argument(
         "--device-memory", type=size, metavar="SIZE", help="hard limit on a GPU's memory (default: half of it)"

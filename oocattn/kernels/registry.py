@@ -15,31 +15,35 @@ if TYPE_CHECKING:  # PyTorch takes seconds, and the names of kernels are known w
     from oocattn.kernels.kernel import Kernel
 
 DeviceType = Literal["cpu", "cuda"]
+SecondPasses = Literal["proofs", "surveys"]
 
 
 class _Registration(NamedTuple):
     """A kernel's code, its type of device, and what it is.
 
-    `default` says when it may be the default of its device, "precise": of precise runs alone. `shifted` and `rounds_weights`
-    are those of its class, which is not imported for them.
+    `default` says when it may be the default of its device, "precise": of precise runs alone. `second_passes` are those
+    that it is for; `rounds_weights` is that of its class, which is not imported for it.
     """
 
     module: str
     class_name: str
     device_type: DeviceType
     default: Literal["always", "precise", "never"] = "always"
-    shifted: bool = False
+    second_passes: tuple[SecondPasses, ...] = ()
     rounds_weights: bool = False
 
 
 _KERNELS = {  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     "cpu": _Registration("oocattn.kernels.cpu", "CpuKernel", "cpu"),
     "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default="never"),
-    "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", default="never", shifted=True),
+    "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", "never", ("proofs", "surveys")),
     "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True),
     "hopper-precise": _Registration("oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise"),
     "hopper-weights": _Registration(
-        "oocattn.kernels.cuda.hopper", "HopperWeightsKernel", "cuda", default="never", shifted=True, rounds_weights=True
+        "oocattn.kernels.cuda.hopper", "HopperWeightsKernel", "cuda", "never", ("proofs",), rounds_weights=True
+    ),
+    "hopper-survey": _Registration(
+        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",)
     ),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda", rounds_weights=True),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda", rounds_weights=True),
@@ -48,9 +52,11 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
 }
 
 
-def kernel_names(*, shifted: bool = False) -> tuple[str, ...]:
-    """The names that `get_kernel` knows: of kernels that attend, or of those for second passes (`Kernel.shifted`)."""
-    return tuple(name for name, entry in _KERNELS.items() if entry.shifted == shifted)
+def kernel_names(second_passes: SecondPasses | None = None) -> tuple[str, ...]:
+    """The names that `get_kernel` knows: of kernels that attend, or of those for such second passes (`Kernel.shifted`)."""
+    if second_passes is None:
+        return tuple(name for name, entry in _KERNELS.items() if not entry.second_passes)
+    return tuple(name for name, entry in _KERNELS.items() if second_passes in entry.second_passes)
 
 
 def get_kernel(name: str) -> Kernel:
@@ -96,10 +102,12 @@ def share_code(name: str, other: str) -> bool:
     return _registration(name).module == _registration(other).module
 
 
-def proving_kernel(device: torch.device | str, dtype: str, head_dim: int, value_dim: int) -> str:
-    """The name of the kernel of second passes that prove a result, on a device or, if none serves there, on the CPU."""
+def second_pass_kernel(
+    second_passes: SecondPasses, device: torch.device | str, dtype: str, head_dim: int, value_dim: int
+) -> str:
+    """The name of the kernel of second passes over a result, on a device or, if none serves there, on the CPU."""
     device = _known_device(device)
-    names = _names_for(device.type, shifted=True)
+    names = _names_for(device.type, second_passes)
     return next((name for name in names if not _reason(name, device, dtype, head_dim, value_dim, False)), "weights")
 
 
@@ -117,7 +125,7 @@ def require_kernel(
     reason = _reason(name, *asked)
     if not reason:
         return kernel
-    names = _names_for(device.type, shifted=kernel.shifted)
+    names = _names_for(device.type, next(iter(_registration(name).second_passes), None))
     others = [other for other in names if not _reason(other, *asked)]
     raise ProblemError(
         f"kernel {name!r} cannot attend {_operands(dtype, head_dim, value_dim)} on {device}: {reason}"
@@ -144,8 +152,8 @@ def _registration(name: str) -> _Registration:
     return _KERNELS[name]
 
 
-def _names_for(device_type: str, *, shifted: bool = False) -> list[str]:
-    return [name for name in kernel_names(shifted=shifted) if _KERNELS[name].device_type == device_type]
+def _names_for(device_type: str, second_passes: SecondPasses | None = None) -> list[str]:
+    return [name for name in kernel_names(second_passes) if _KERNELS[name].device_type == device_type]
 
 
 def _known_device(device: torch.device | str) -> torch.device:

@@ -7,15 +7,17 @@ states, and has finished ones turned into results. What these are is the operati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from oocattn.division.base import Block
 from oocattn.kernels.reductions.base import BlockSums, Float64s, Int64s
-from oocattn.kernels.state import AttentionState
+from oocattn.kernels.reductions.totals import Totals
+from oocattn.kernels.state import AttentionState, Take
 from oocattn.operations.staging import StagedRows
 from oocattn.operations.tiles import Tile
 from oocattn.problem.problem import HeadGroup
@@ -40,15 +42,16 @@ class Input:
 
 @dataclass(frozen=True)
 class SummedBlock:
-    """Sums over the rows of a block, for its keys: the token of each, as the problem counts them."""
+    """Sums over the rows of a block, for its keys: the token of each, as the problem counts them; on a GPU `totals`."""
 
-    sums: Sequence[BlockSums]
-    key_tokens: Int64s
+    sums: Sequence[BlockSums] = ()
+    key_tokens: Int64s = field(default_factory=lambda: np.empty(0, np.int64))
+    totals: Totals | None = None
 
     @property
     def arrays(self) -> list[Float64s]:
-        """What is kept with the block's partial."""
-        return [array for each in self.sums for array in each.arrays]
+        """What is kept with the block's partial; those of a GPU wait for torch's current stream."""
+        return [array for each in self.sums for array in each.arrays] if self.totals is None else [*self.totals.arrays]
 
 
 class Operation(Protocol):
@@ -90,8 +93,11 @@ class Operation(Protocol):
         GPU the work is launched on torch's current stream, and nothing waits for it.
         """
 
-    def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock | None:
-        """What is summed over the rows of a block, before its first tile; None for operations that sum nothing."""
+    def begin_sums(self, head_group: int, block: Block, staged: StagedRows, take: Take | None = None) -> SummedBlock | None:
+        """What is summed over the rows of a block, before its first tile; None for operations that sum nothing.
+
+        On a GPU it lies in the device memory that `take` gives.
+        """
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         """Add one state to another of the same rows, in place."""

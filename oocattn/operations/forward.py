@@ -12,7 +12,7 @@ from oocattn.division.base import Block
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import get_kernel
-from oocattn.kernels.state import AttentionState
+from oocattn.kernels.state import AttentionState, Take
 from oocattn.operations.base import Input, SummedBlock
 from oocattn.operations.ledger import LedgerChecker, enter_tile
 from oocattn.operations.staging import MOST_KEPT_DOCUMENTS, StagedRows
@@ -96,7 +96,7 @@ class Forward:
             self._projection,
         )
 
-    def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock | None:
+    def begin_sums(self, head_group: int, block: Block, staged: StagedRows, take: Take | None = None) -> SummedBlock | None:
         return None
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:

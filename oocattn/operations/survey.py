@@ -12,7 +12,8 @@ from oocattn.division.base import Block
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.reductions import reductions_of
 from oocattn.kernels.reductions.base import Int64s, Places, Reducing, merge_reduced
-from oocattn.kernels.state import AttentionState
+from oocattn.kernels.reductions.totals import Totals
+from oocattn.kernels.state import AttentionState, Take
 from oocattn.operations.base import SummedBlock
 from oocattn.operations.second_pass import SecondPass
 from oocattn.operations.staging import StagedRows
@@ -42,13 +43,16 @@ class Survey(SecondPass):
         k, *bias = key
         operands = super()._operands(head_group, tile, query, (k, k[:, :, :0], *bias), attended, sums)
         places = Places(tile.row_tokens, tile.keys, sums.key_tokens[tile.keys.start : tile.keys.stop])
-        return replace(operands, reducing=Reducing(self._along_keys, sums.sums, places))
+        return replace(operands, reducing=Reducing(self._along_keys, sums.sums, places, sums.totals))
 
-    def begin_sums(self, head_group: int, block: Block, staged: StagedRows) -> SummedBlock:
+    def begin_sums(self, head_group: int, block: Block, staged: StagedRows, take: Take | None = None) -> SummedBlock:
         """See `Operation.begin_sums`."""
-        group, tokens = self._problem.head_group(head_group), self._plan.query_rows(block.query_chunk)
+        heads, tokens = len(self._problem.head_group(head_group).query_heads), self._plan.query_rows(block.query_chunk)
+        if take is not None:
+            kept = [each for each, _ in self._along_keys]
+            return SummedBlock(totals=Totals.begin(kept, self._along_rows, heads, tokens, key_runs(staged), take))
         keys = key_tokens(staged)
-        return SummedBlock([each.begin(len(group.query_heads), tokens, keys) for each in self._along_rows], keys)
+        return SummedBlock([each.begin(heads, tokens, keys) for each in self._along_rows], keys)
 
     def merge(self, into: AttentionState, other: AttentionState) -> None:
         merge_reduced(self._along_keys, into, other)
@@ -56,5 +60,10 @@ class Survey(SecondPass):
 
 def key_tokens(staged: StagedRows) -> Int64s:
     """The token of each staged key."""
-    runs = [np.arange(run.rows.start, run.rows.stop) for of_chunk in staged.keys.values() for run in of_chunk]
+    runs = [np.arange(run.start, run.stop) for run in key_runs(staged)]
     return np.concatenate([np.empty(0, np.int64), *runs])
+
+
+def key_runs(staged: StagedRows) -> list[range]:
+    """The tokens of the staged keys, run by run."""
+    return [run.rows for of_chunk in staged.keys.values() for run in of_chunk]

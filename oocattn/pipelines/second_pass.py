@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from oocattn.errors import BudgetError, IntegrityError, ProblemError, ResultExistsError
-from oocattn.kernels.registry import proving_kernel, require_kernel, share_code
+from oocattn.kernels.registry import SecondPasses, require_kernel, second_pass_kernel, share_code
 from oocattn.naming import as_given, named, setting, settings
 from oocattn.pipelines import session
 from oocattn.pipelines.engines.base import warn_of_failure
@@ -137,16 +137,17 @@ def second_pass(
 def _kernel(problem: Problem, first: PlanRecord) -> str:
     """The kernel that computes a second pass here.
 
-    The CPU's for what GPUs do not compute: weights that are reduced, and the proof of a result of 16-bit inputs whose
-    weights are not rounded, for a pass that rounds its own could not tell.
+    The CPU's for what GPUs do not compute: the proof of a result of 16-bit inputs whose weights are not rounded, for a pass
+    that rounds its own could not tell.
     """
     asked, device = problem.second_pass, "cpu"
     assert asked is not None
     precise = problem.dtype != "float32" and weights_dtype(problem.dtype, first.rounds_weights) == "float32"
-    if asked.reduced is None and not precise:
+    if asked.reduced is not None or not precise:
         with suppress(ProblemError):  # of GPUs that are lost in a fork
             device = choose_device(None)
-    return proving_kernel(device, problem.dtype, problem.head_dim, problem.value_dim)
+    passes: SecondPasses = "proofs" if asked.reduced is None else "surveys"
+    return second_pass_kernel(passes, device, problem.dtype, problem.head_dim, problem.value_dim)
 
 
 def _refusal(begun: Run, choices: Choices, what: Asked) -> str:

@@ -104,6 +104,7 @@ def cost(
         held_groups=holding.groups,
         read_factor=holding.factor,
         to_store=to_store,
+        totals_bytes=layout.totals,
     )
 
 
@@ -346,5 +347,4 @@ class _Run:
         if self.hardware.device == "cuda" and self.candidate.partials == "memory":
             tile = layout.chunk_rows % layout.tiles.query or layout.tiles.query  # the last one
             last = layout.chunk_rows - (layout.chunk_rows - tile) // layout.out_chunk_rows * layout.out_chunk_rows
-        rows = self.candidate.query_chunks * layout.chunk_rows * self.problem.head_groups
-        return min(1.0, lanes * last / rows)
+        return min(1.0, lanes * last / (self.candidate.query_chunks * layout.chunk_rows * self.problem.head_groups))

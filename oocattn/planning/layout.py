@@ -8,7 +8,7 @@ from typing import Literal
 from oocattn.division.quorums import quorum_size
 from oocattn.planning.live import ChunkGrid, keys_needed, live_pairs
 from oocattn.planning.machine import Hardware, InputCost
-from oocattn.planning.memory import Buffers, Tiles, lane_bytes, slot_bytes
+from oocattn.planning.memory import Buffers, Tiles, lane_bytes, slot_bytes, totals_bytes
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.calls import CallSize
 from oocattn.problem.problem import Problem
@@ -33,13 +33,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Layout:
-    """A candidate's chunks and tiles, query chunks of a subproblem, and a lane's bytes: a slot, device and host in all."""
+    """A candidate's chunks and tiles, query chunks of a subproblem, and a lane's bytes.
+
+    These are of a slot, of what a GPU sums over the rows of a block, on the device and on the host in all.
+    """
 
     grid: ChunkGrid
     out_chunk_rows: int
     tiles: Tiles
     query_chunks: int
     slot: int
+    totals: int
     device: int
     host: int
 
@@ -58,6 +62,7 @@ def lay_out(
     grid = ChunkGrid(*problem.rows_asked, candidate.query_chunks, chunk_rows, candidate.chunks, key_chunk_rows)
     query_chunks, keys = _most_staged(candidate, problem, grid)
     slot = slot_bytes(problem, query_chunks * chunk_rows, keys)
+    totals = totals_bytes(problem, chunk_rows, keys) if hardware.device == "cuda" else 0
     buffers = Buffers(slot, chunk_rows, out_chunk_rows, candidate.partials, candidate.accumulators, hardware.device)
 
     def laid_out(tiles: Tiles) -> Layout:
@@ -65,7 +70,7 @@ def lay_out(
         call = call_size(problem, rows, of_call, hardware.threads)
         device, host = lane_bytes(problem, buffers, tiles, hardware.scratch_bytes(call), keys)
         device, host = max(device, hardware.measuring_bytes), host + inputs.decode_bytes + problem.given_bytes
-        return Layout(grid, out_chunk_rows, tiles, query_chunks, slot, device, host)
+        return Layout(grid, out_chunk_rows, tiles, query_chunks, slot, totals, device, host)
 
     if hardware.device == "cpu":
         return laid_out(Tiles(chunk_rows, key_chunk_rows))

@@ -23,6 +23,7 @@ WRITERS = {"cpu": 1, "cuda": 4}  # threads that write chunks of `out`: one makes
 OUT_BLOCKS = {"cpu": 1, "cuda": 5}  # chunks of `out` that a lane holds: on a GPU one is finalised, others are written
 SENT_COPIES = 4  # of a chunk of `out` on its way to a store: ours, and those of the libraries that send it (3.9 with s3fs)
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
+TOTALS_SLOTS = PARTIAL_BUFFERS["cuda"] + 1  # sums over the rows of blocks on a GPU, and those before a tile
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
 LEDGER_SCRATCH_BYTES = 3 << 20  # temporaries of the ledger: some rows are entered while others are checked
 KEY_NUMBER_BYTES = 16  # of the number of each staged key that a survey has, twice while they are gathered
@@ -90,6 +91,22 @@ def sums_bytes(problem: Problem, blocks: int, keys: int, rows: int) -> int:
     return 8 * problem.group_size * numbers + (blocks * PAGE if numbers else 0)
 
 
+def totals_bytes(problem: Problem, rows: int, keys: int) -> int:
+    """Bytes of what a GPU sums over the rows of a block, of so many rows and keys at most."""
+    of_heads, of_keys, tensors = 0, 0, 0  # numbers of 16 bytes for one head, and of 4 bytes
+    for each in (problem.second_pass and problem.second_pass.reduced) or ():
+        if each.name == "pooled":
+            row_block, _, _, most = each.numbers
+            of_heads += (rows // row_block + 2) * min(most, keys)
+            of_keys += keys
+        elif each.name == "top_keys":
+            of_keys += keys
+        elif not each.columns:
+            of_heads += keys
+        tensors += 2
+    return 16 * problem.group_size * of_heads + 4 * of_keys + ALIGNMENT * tensors
+
+
 def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
     """Bytes of a staging slot for rows of so many queries and keys."""
     of_query = problem.query_row_bytes * problem.group_size
@@ -100,13 +117,14 @@ def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
 def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch: int, keys: int) -> tuple[int, int]:
     """Bytes that a lane allocates on its device, and on the host: a CPU's slots, one partial and scratch count as both.
 
-    A subproblem stages at most so many `keys`.
+    A subproblem stages at most so many `keys`. What a GPU sums over the rows of a block comes to the host, too.
     """
     asked = problem.second_pass
     numbers = KEY_NUMBER_BYTES * keys if asked is not None and asked.reduced is not None else 0
     host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + numbers
     if buffers.device == "cuda":
-        return device_arena_bytes(problem, tiles, buffers.partials) + kernel_scratch, host
+        totals = totals_bytes(problem, buffers.chunk_rows, keys)
+        return device_arena_bytes(problem, tiles, buffers.partials, totals) + kernel_scratch, host + totals
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
     return STAGING_SLOTS["cpu"] * buffers.slot + working, host + working
 
@@ -117,15 +135,16 @@ def sending_bytes(problem: Problem, device: str, out_chunk_rows: int) -> int:
     return SENT_COPIES * WRITERS[device] * out_chunk_rows * row_bytes
 
 
-def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str) -> int:
-    """Bytes of a CUDA lane's one allocation: query tiles, states, keys, merging."""
+def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str, totals: int = 0) -> int:
+    """Bytes of a CUDA lane's one allocation: query tiles, states, keys, merging, sums over the rows of blocks."""
     query = problem.group_size * tiles.query * problem.query_row_bytes
     key = tiles.key * problem.kv_row_bytes
     state = problem.state_bytes(tiles.query)
     merging = state if partials == "memory" else 2 * problem.state_bytes(PARTIAL_BLOCK_ROWS)
     finalising = FINALISED_ROWS * (problem.columns * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
-    pieces = 7 * QUERY_SLOTS + 3 * KEY_SLOTS + 17
-    return _in_segments(QUERY_SLOTS * (query + state) + KEY_SLOTS * key + merging + finalising + ALIGNMENT * pieces)
+    pieces = 7 * QUERY_SLOTS + 3 * KEY_SLOTS + 17 + TOTALS_SLOTS
+    sums = TOTALS_SLOTS * totals
+    return _in_segments(QUERY_SLOTS * (query + state) + KEY_SLOTS * key + merging + finalising + sums + ALIGNMENT * pieces)
 
 
 def _in_segments(count: int) -> int:

@@ -72,6 +72,7 @@ class Plan(Shown):
     held_groups: Annotated[Count, ADDED] = 0  # head groups whose interleaved rows a lane holds at a time
     read_factor: Annotated[float, Range(1.0, inf), ADDED] = 1.0  # how many times over inputs are read, that lie interleaved
     to_store: Annotated[bool, ADDED] = False  # whether the result is sent to a store, which takes copies
+    totals_bytes: Annotated[Count, ADDED] = 0  # of what a GPU sums over the rows of a block of a survey
 
     @property
     def kernel(self) -> str:

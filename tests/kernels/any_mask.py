@@ -72,12 +72,16 @@ def attended(intervals: Intervals) -> torch.Tensor:
     return ((a <= key) & (key < b)) | ((c <= key) & (key < d))
 
 
-def by_dense_mask(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [g, n, Dv] and lse [g, n] in float64."""
+def dense_scores(operands: Operands) -> torch.Tensor:
+    """The scores of all pairs [g, n, m] in float64, -inf where a row does not attend a key."""
     intervals = operands.intervals
     if intervals is None:
-        scores = scores_of(operands, torch.ones(operands.rows, operands.keys, dtype=torch.bool, device=CUDA), None)
-    else:
-        position = torch.from_numpy(intervals.positions()).to(CUDA).unsqueeze(-1)
-        scores = scores_of(operands, attended(intervals), position - torch.arange(operands.keys, device=CUDA))
+        return scores_of(operands, torch.ones(operands.rows, operands.keys, dtype=torch.bool, device=CUDA), None)
+    position = torch.from_numpy(intervals.positions()).to(CUDA).unsqueeze(-1)
+    return scores_of(operands, attended(intervals), position - torch.arange(operands.keys, device=CUDA))
+
+
+def by_dense_mask(operands: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [g, n, Dv] and lse [g, n] in float64."""
+    scores = dense_scores(operands)
     return scores.softmax(-1).nan_to_num(0.0) @ operands.value.double(), scores.logsumexp(-1)

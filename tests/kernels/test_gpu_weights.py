@@ -8,7 +8,7 @@ import torch
 from any_mask import Terms, by_dense_mask, make_operands, random_intervals, random_mask
 from on_gpu import kernel_for, poisoned_state
 
-from oocattn.kernels.registry import proving_kernel
+from oocattn.kernels.registry import second_pass_kernel
 from oocattn.kernels.second_pass import of_second_pass
 from oocattn.problem.second_pass import VECTORS, SecondPass, sign_vectors
 
@@ -63,5 +63,5 @@ def test_weights_of_a_wrong_shift_are_wrong_and_finite():
 
 def test_it_is_chosen_where_it_serves():
     kernel_for("hopper-weights", "float16", 64)
-    assert proving_kernel("cuda", "float16", 64, 128) == "hopper-weights"
-    assert proving_kernel("cuda", "float16", 64, 60) == "weights"
+    assert second_pass_kernel("proofs", "cuda", "float16", 64, 128) == "hopper-weights"
+    assert second_pass_kernel("proofs", "cuda", "float16", 64, 60) == "weights"

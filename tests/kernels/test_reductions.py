@@ -13,7 +13,7 @@ import torch
 from calling import triangle
 from exact import operands
 from random_masks import random_call, scores_of
-from reducing import Arrays, Reducer, all_reductions, by_definition, survey
+from reducing import Reducer, all_reductions, check, check_top, survey
 
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
@@ -28,30 +28,6 @@ def shift_of(call: Operands) -> torch.Tensor:
     """The log-sum-exp of a call without slopes."""
     hidden = np.ones((call.rows, call.keys), bool) if call.intervals is None else np.tri(call.rows, call.keys, dtype=bool)
     return scores_of(call, hidden, None).logsumexp(-1)
-
-
-def check_top(found: Arrays, weights: np.ndarray, tolerance: float = 1e-5) -> None:
-    """The top keys are distinct keys with the largest weights [g, rows, keys], falling, and these weights are theirs."""
-    keys, kept = found["top_keys"], found["top_weights"]
-    count = keys.shape[2]
-    largest = -np.sort(-weights, axis=2)[..., :count]
-    np.testing.assert_allclose(kept[..., : largest.shape[2]], largest, rtol=tolerance, atol=1e-37)
-    assert not kept[..., largest.shape[2] :].any()
-    assert (np.diff(kept, axis=2) <= 0).all()
-    there = keys >= 0
-    assert np.array_equal(there, kept > 0)
-    assert (keys[~there] == -1).all()
-    of_keys = np.take_along_axis(weights, np.where(there, keys, 0), axis=2)
-    np.testing.assert_allclose(np.where(there, of_keys, 0), kept, rtol=tolerance, atol=1e-37)
-    for row, named in zip(keys.reshape(-1, count), there.reshape(-1, count), strict=True):
-        assert len(np.unique(row[named])) == named.sum()
-
-
-def check(found: Arrays, weights: np.ndarray, tolerance: float = 1e-5) -> None:
-    """All reductions are those of the weights [g, rows, keys]."""
-    check_top(found, weights, tolerance)
-    for name, expected in by_definition(weights).items():
-        np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -22,7 +22,7 @@ from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores
 from oocattn.problem.second_pass import VECTORS, sign_vectors
 
-KERNELS = [name for name in kernel_names(shifted=True) if device_type(name) == "cpu"]
+KERNELS = [name for name in kernel_names("proofs") if device_type(name) == "cpu"]
 ERROR = 3e-6  # relative, of sums whose scores are a few tens at most
 
 

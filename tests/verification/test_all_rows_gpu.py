@@ -5,7 +5,7 @@ import pytest
 import zarr
 
 import oocattn
-from oocattn.kernels.registry import proving_kernel
+from oocattn.kernels.registry import second_pass_kernel
 from oocattn.storage.bfloat16 import numpy_dtype
 
 pytestmark = pytest.mark.gpu
@@ -15,7 +15,7 @@ TOKENS, WRONG = 6000, 4321
 
 @pytest.fixture(autouse=True)
 def _needs_hopper():
-    if proving_kernel("cuda", "float16", 64, 64) != "hopper-weights":
+    if second_pass_kernel("proofs", "cuda", "float16", 64, 64) != "hopper-weights":
         pytest.skip("no Hopper GPU")
 
 

@@ -50,12 +50,22 @@ __device__ __forceinline__ int* turn_of(const Call& call, const Item& item) {
 }
 
 // Wait until the spans of the tile before this one are added.
+__device__ __forceinline__ void wait_for_turn(const Call& call, const Item& item) {
+    if (item.turn == 0) return;
+    if (threadIdx.x % 128 == 0)
+        while (acquire(turn_of(call, item)) != item.turn) __nanosleep(100);
+    named_wait(threadIdx.x / 128, 128);
+}
+
+// Let the span after this one be added.
+__device__ __forceinline__ void end_turn(const Call& call, const Item& item) {
+    named_wait(threadIdx.x / 128, 128);  // what all have written is released by one
+    if (threadIdx.x % 128 == 0)
+        asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn_of(call, item)), "r"(item.turn + 1) : "memory");
+}
+
 __device__ Before load_before(const State& state, const Call& call, const Item& item, int first_row) {
-    if (item.turn > 0) {
-        if (threadIdx.x % 128 == 0)
-            while (acquire(turn_of(call, item)) != item.turn) __nanosleep(100);
-        named_wait(threadIdx.x / 128, 128);
-    }
+    wait_for_turn(call, item);
     Before before;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -109,9 +119,7 @@ __device__ void add_to_state(
             state.den[item.head * state.den_head + row * state.den_row] = before.den[i] * keep + softmax.den[i] * take;
         }
     }
-    named_wait(threadIdx.x / 128, 128);  // what all have written is released by one
-    if (threadIdx.x % 128 == 0)
-        asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(turn_of(call, item)), "r"(item.turn + 1) : "memory");
+    end_turn(call, item);
 }
 
 #endif

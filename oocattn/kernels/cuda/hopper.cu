@@ -40,11 +40,6 @@ __device__ void clear_values(char* value, int live, int barrier) {
 
 #endif
 
-// The row of the first of a thread's two rows; the other is 8 below.
-__device__ __forceinline__ int first_row_of(const Item& item) {
-    return item.tile * ROWS + (threadIdx.x / 32 - 4) * 16 + threadIdx.x % 32 / 4;
-}
-
 __device__ void consume(Shared& shared, const Call& call, const State& state) {
     const int consumer = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0), thread = threadIdx.x % 128;
     const bool elected = thread == 0;
@@ -198,14 +193,7 @@ extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1) attend(
     extern __shared__ char dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic + (1024 - address(dynamic) % 1024) % 1024);
     if (threadIdx.x == 0) {
-        begin_barrier(&shared.query_full, 1);
-        begin_barrier(&shared.query_free, 128 * CONSUMERS);  // of the item too, which every thread reads
-        for (int stage = 0; stage < STAGES; ++stage) {
-            begin_barrier(&shared.key_full[stage], 1);
-            begin_barrier(&shared.value_full[stage], 1);
-            begin_barrier(&shared.key_free[stage], 4 * CONSUMERS);
-            begin_barrier(&shared.value_free[stage], CONSUMERS);
-        }
+        begin_barriers(shared, 0);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();

@@ -7,6 +7,7 @@ of keys.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
@@ -67,7 +68,7 @@ class HopperKernel(Kernel):
 
     def _operands_reason(self, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why rows of `dtype`, D = head_dim and Dv = value_dim cannot be read; "" if they can."""
-        most = MOST_COLUMNS[self.numbers(dtype).weight_parts]
+        most = MOST_COLUMNS[max(self.numbers(dtype)[:2])]
         fits = all(dim % 8 == 0 and dim <= most for dim in (head_dim, value_dim))
         reason = unsupported_dtype(dtype, _DTYPES)
         return reason or ("" if fits else f"D and Dv of {dtype} must be multiples of 8, {most} at most")
@@ -85,20 +86,29 @@ class HopperKernel(Kernel):
     @cache
     def _refusal(cls, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         """The reason why it does not compile or load here; "" if it does."""
-        key, value = (torch.zeros(1, dim, dtype=getattr(torch, dtype), device=device) for dim in (head_dim, value_dim))
-        try:
+
+        def attend() -> None:
+            key, value = (torch.zeros(1, dim, dtype=getattr(torch, dtype), device=device) for dim in (head_dim, value_dim))
             operands = Operands(key.unsqueeze(0), key, value, Scores(1.0))
             if cls.shifted:
                 operands = of_second_pass(operands, SecondPass(0), torch.zeros(1, 1, device=device))
             state = AttentionState.empty(1, 1, VECTORS if cls.shifted else value_dim, device)
             cls().attend(operands, state)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
-            reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
-            logger.warning("the kernel %s is not available (%s); another is used in its place", cls.name, reason)
-            return reason
-        return ""
+
+        return refusal_of(cls.name, attend)
+
+
+def refusal_of(name: str, attend: Callable[[], object]) -> str:
+    """The reason why a kernel's call fails here, as where it cannot be compiled; "" if it does not."""
+    try:
+        attend()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # cuda.bindings or NVRTC is not there, or too old
+        reason = f"it cannot be compiled or loaded here: {str(error).strip().partition(chr(10))[0]}"
+        logger.warning("the kernel %s is not available (%s); another is used in its place", name, reason)
+        return reason
+    return ""
 
 
 class HopperWeightsKernel(HopperKernel):

@@ -1,4 +1,4 @@
-"""Launches of our own kernel on Hopper GPUs (hopper.cu); only where `cuda.bindings` is installed.
+"""Launches of our own kernels on Hopper GPUs (hopper.cu, survey.cu); only where `cuda.bindings` is installed.
 
 A call is made in one of three ways. Where each row attends one interval and both ends rise by one key a row (a band), items
 follow from its two numbers. Other bounds are worked out on the GPU, which lists the items. A full call of few rows has the
@@ -12,20 +12,21 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
-from cuda.bindings import driver
 
 from oocattn.kernels.cuda.far import brought_near, continued_far_away, shifted_far_away
 from oocattn.kernels.cuda.items import ITEMS, MOST_LISTED_KEYS, MOST_SPLIT_KEYS, choose_span, is_split, split_span
 from oocattn.kernels.cuda.listing import MOST_PIECES, list_items
-from oocattn.kernels.cuda.merging import State, gather, row_strides, state_of
+from oocattn.kernels.cuda.maps import aligned, tensor_map
+from oocattn.kernels.cuda.merging import State, gather, state_of
 from oocattn.kernels.cuda.parts import in_parts
-from oocattn.kernels.cuda.program import Program, checked
-from oocattn.kernels.cuda.tuning import FOLDED_KEYS, PANEL, Numbers, Tuning, numbers_for, tuning_for
+from oocattn.kernels.cuda.program import Program
+from oocattn.kernels.cuda.reducing import Reduced, Reductions
+from oocattn.kernels.cuda.tuning import FOLDED_KEYS, Numbers, Tuning, numbers_for, reducing_tuning, tuning_for
 from oocattn.kernels.intervals import Band
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.state import AttentionState
@@ -54,7 +55,7 @@ class _Call(ctypes.Structure):
 
 
 class Variant(NamedTuple):
-    """What is compiled into a program of hopper.cu."""
+    """What is compiled into a program of hopper.cu, or of survey.cu where weights are reduced."""
 
     head_dim: int
     value_dim: int
@@ -67,38 +68,49 @@ class Variant(NamedTuple):
     slopes: bool = False
     bias: bool = False
     shifted: bool = False
+    reductions: Reductions | None = None
 
     @property
     def tuning(self) -> Tuning:
         """The cut of the program."""
         plain = not (self.softcap or self.slopes or self.bias)
+        if self.reductions is not None:
+            return reducing_tuning(self.head_dim, self.numbers, self.reductions, plain=plain)
         return tuning_for(self.head_dim, self.value_dim, self.numbers, long=self.long, plain=plain)
 
     @property
     def numbers(self) -> Numbers:
         """How its numbers are multiplied."""
-        return numbers_for(str(self.dtype).removeprefix("torch."), precise=self.precise, shifted=self.shifted)
+        asked = {"precise": self.precise, "shifted": self.shifted, "reduced": self.reductions is not None}
+        return numbers_for(str(self.dtype).removeprefix("torch."), **asked)
 
 
 def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
     """Add attention to `state`, in place; see `Kernel.attend`.
 
     float16, bfloat16 or float32, D and Dv multiples of 8 up to `MOST_COLUMNS`; n and m are not 0. `precise` keeps two parts
-    of a weight of 16-bit rows. Operands with a shift have a projection, too.
+    of a weight of 16-bit rows. Operands with a shift have a projection, too, or their weights are reduced.
     """
     given = (operands.query, operands.key, operands.value)
-    query, key, value = map(_aligned, given)
+    query, key, value = map(aligned, given)
     if any(tensor is not each for tensor, each in zip((query, key, value), given, strict=True)):
         operands = replace(operands, query=query, key=key, value=value)
     cap = operands.scores.softcap
     terms = (cap is not None and cap < _NO_CAP, operands.slopes is not None, operands.key_bias is not None)
     columns, shifted = state.num.shape[-1], operands.shift is not None
-    long = operands.keys > FOLDED_KEYS
-    variant = Variant(query.shape[-1], columns, query.dtype, precise, long, False, False, *terms, shifted)
+    reductions, reduced, long = None, None, operands.keys > FOLDED_KEYS
+    if operands.reducing is not None:
+        reductions, reduced, columns, long = (
+            Reductions.of(operands.reducing),
+            Reduced.begin(operands.reducing, state),
+            0,
+            False,
+        )
+    variant = Variant(query.shape[-1], columns, query.dtype, precise, long, False, False, *terms, shifted, reductions)
     unscaled = None
     if variant.numbers.split != "nothing":
         operands, unscaled = in_parts(operands, variant.numbers)
-    asked, band = _Asked(variant, operands, state, unscaled), operands.band
+    asked, band = _Asked(variant, operands, state, unscaled, reduced), operands.band
     windowed = band is not None and not band.is_open_below(operands.rows)
     if band is None or windowed or variant.slopes:
         for part in _parts(asked._replace(variant=variant._replace(listed=True))):
@@ -107,24 +119,27 @@ def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
         rows, keys = operands.rows, operands.keys
         full = band.is_open_below(rows) and band.upper >= keys
         one_bias = operands.key_bias is None or len(operands.key_bias) == 1
-        if full and one_bias and is_split(len(query), rows, keys, variant.tuning):
+        if reduced is None and full and one_bias and is_split(len(query), rows, keys, variant.tuning):
             _attend_split(asked._replace(variant=variant._replace(split=True)))
         else:
             _attend_band(asked, band)
+    if reduced is not None:
+        reduced.finish(state)
 
 
 class _Asked(NamedTuple):
-    """What is to be added to a state; `unscaled` has the factors of operands in parts."""
+    """What is to be added to a state, or `reduced`; `unscaled` has the factors of operands in parts."""
 
     variant: Variant
     operands: Operands
     state: AttentionState
     unscaled: torch.Tensor | None
+    reduced: Reduced | None = None
 
 
 def _attend_band(asked: _Asked, band: Band) -> None:
     """Launch once for the keys of a band."""
-    variant, operands, state, _ = asked
+    variant, operands, state, *_ = asked
     (group_size, rows, _), keys, tuning = operands.query.shape, operands.keys, variant.tuning
     band = Band(*(max(-rows, min(bound, keys)) for bound in band))  # more is the same
     span = choose_span(group_size, rows, keys, band, tuning)
@@ -138,7 +153,7 @@ def _attend_band(asked: _Asked, band: Band) -> None:
 
 def _attend_listed(asked: _Asked) -> None:
     """List the items on the GPU, then launch."""
-    variant, operands, state, _ = asked
+    variant, operands, state, *_ = asked
     query, intervals, slopes = operands.query, operands.intervals, operands.slopes
     assert intervals is not None
     continued: AbstractContextManager[None] = nullcontext()
@@ -159,7 +174,7 @@ def _attend_listed(asked: _Asked) -> None:
 
 def _attend_split(asked: _Asked) -> None:
     """Have each span of the keys attended by itself, by the rows of all heads, and merge what they give."""
-    variant, operands, state, _ = asked
+    variant, operands, state, *_ = asked
     group_size, rows, head_dim = operands.query.shape
     packed = operands.query.reshape(1, group_size * rows, head_dim)
     shift = None if operands.shift is None else operands.shift.reshape(1, group_size * rows)
@@ -185,7 +200,7 @@ def _state_of_spans(address: int, spans: int, rows: int, value_dim: int) -> Stat
 
 def _parts(asked: _Asked) -> Iterator[_Asked]:
     """The calls, one after another, that one launch each can hold: of rows, keys and heads."""
-    _, operands, state, _ = asked
+    _, operands, state, *_ = asked
     intervals, bias, shift = operands.intervals, operands.key_bias, operands.shift
     assert intervals is not None
     pieces = intervals.bounds.edges[:-1:MOST_PIECES].tolist()
@@ -210,7 +225,9 @@ def _parts(asked: _Asked) -> Iterator[_Asked]:
             shift=None if shift is None else shift[heads, rows.start : rows.stop],
         )
         of_part = state.heads(*heads.indices(len(operands.query))[:2]).rows(rows.start, rows.stop)
-        yield asked._replace(operands=part, state=of_part)
+        first = heads.start or 0, rows.start, keys.start
+        reduced = None if asked.reduced is None else asked.reduced.part(*first)
+        yield asked._replace(operands=part, state=of_part, reduced=reduced)
 
 
 def _check_count(operands: Operands, *counts: int) -> None:
@@ -222,7 +239,7 @@ def _check_count(operands: Operands, *counts: int) -> None:
 
 def _call(asked: _Asked, cut: tuple[int, int, int], addresses: Sequence[int]) -> _Call:
     """The argument `Call`: its `cut` is span, lower and upper, the addresses those of `Listed`, as many as are used."""
-    variant, operands, _, unscaled = asked
+    variant, operands, _, unscaled, _ = asked
     call = _Call(len(operands.query), operands.rows, operands.keys, *cut)
     scale = operands.scores.scale
     call.scale, call.cap = scale * _LOG2E, 0.0
@@ -245,14 +262,18 @@ def _call(asked: _Asked, cut: tuple[int, int, int], addresses: Sequence[int]) ->
 
 
 def _launch(asked: _Asked, state: State, items: int, call: _Call) -> None:
-    variant, operands, _, _ = asked
+    variant, operands, _, _, reduced = asked
     tuning, device = variant.tuning, operands.query.device
     keys, values = operands.key.unsqueeze(0), operands.value.unsqueeze(0)
-    maps = [_tensor_map(operands.query, tuning.rows), *(_tensor_map(tensor, tuning.keys) for tensor in (keys, values))]
+    maps = [tensor_map(operands.query, tuning.rows), tensor_map(keys, tuning.keys)]
+    if reduced is None:
+        kernel, arguments = "attend", (*maps, tensor_map(values, tuning.keys), state, call)
+    else:
+        kernel, arguments = "survey", (*maps, state, reduced.argument(asked.state), call)
     # A block for each multiprocessor to spare: so the last items are not left to those that have taken few.
     blocks = items if variant.split else ceil_div(items, ITEMS) + _multiprocessors(device)
-    threads, arguments = 128 * (tuning.consumers + 1), (*maps, state, call)
-    program_for(variant).launch("attend", device, blocks, threads, arguments, early=variant.split or variant.listed)
+    threads, early = 128 * (tuning.consumers + 1), variant.split or variant.listed
+    program_for(variant).launch(kernel, device, blocks, threads, arguments, early=early)
 
 
 @cache
@@ -262,8 +283,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 @cache
 def program_for(variant: Variant) -> Program:
-    """Make hopper.cu for a variant."""
-    tuning = variant.tuning
+    """Make hopper.cu, or survey.cu, for a variant."""
+    tuning, reductions = variant.tuning, variant.reductions
     macros = {
         "HEAD_DIM": variant.head_dim,
         "VALUE_DIM": variant.value_dim,
@@ -281,47 +302,7 @@ def program_for(variant: Variant) -> Program:
         **{name.upper(): int(getattr(variant, name)) for name in _SWITCHES},
         "MOST_SLOPES": MOST_SLOPES,
         "SHARED_BYTES": tuning.shared_bytes,
+        **({} if reductions is None else reductions.macros),
     }
-    return Program("hopper.cu", macros, variant="a", shared_bytes=tuning.shared_bytes)
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Copy the tensor if TMA cannot read it: addresses and strides of 16 bytes."""
-    odd = tensor.data_ptr() % 16 or any(stride * tensor.itemsize % 16 for stride in tensor.stride()[:-1])
-    return tensor.clone(memory_format=torch.contiguous_format) if odd else tensor
-
-
-def _tensor_map(tensor: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_char]:
-    """The map by which TMA reads boxes of `rows` rows and 64 columns of [h, n, D]."""
-    heads, count, head_dim = tensor.shape
-    head_stride, row_stride = row_strides(tensor)
-    return _encode(
-        tensor.data_ptr(),
-        tensor.dtype == torch.bfloat16,
-        (head_dim, count, heads),
-        (2 * row_stride, 2 * (head_stride if heads > 1 else count * row_stride)),
-        rows,
-    )
-
-
-@lru_cache(1024)
-def _encode(
-    address: int, bfloat16: bool, shape: tuple[int, ...], strides: tuple[int, ...], rows: int
-) -> ctypes.Array[ctypes.c_char]:
-    kinds = driver.CUtensorMapDataType
-    tensor_map = checked(
-        driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            len(shape),
-            address,
-            [driver.cuuint64_t(size) for size in shape],
-            [driver.cuuint64_t(stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in (PANEL, rows, 1)],
-            [driver.cuuint32_t(1) for _ in shape],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-    return ctypes.create_string_buffer(ctypes.string_at(tensor_map.getPtr(), 128), 128)
+    source = "hopper.cu" if reductions is None else "survey.cu"
+    return Program(source, macros, variant="a", shared_bytes=tuning.shared_bytes)

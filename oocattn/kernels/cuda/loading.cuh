@@ -36,10 +36,12 @@ __device__ void produce(
 #endif
             arrive_expecting(&shared.key_full[stage], KEY_BYTES);
             load_panels<PARTS * KEY_PANELS>(shared.key[stage], key, &shared.key_full[stage], KEYS * ROW_BYTES, first, 0);
-            wait(&shared.value_free[stage], phase ^ 1);
-            arrive_expecting(&shared.value_full[stage], VALUE_BYTES);
-            load_panels<PARTS * VALUE_PANELS>(
-                shared.value[stage], value, &shared.value_full[stage], KEYS * ROW_BYTES, first, 0);
+            if (VALUE_DIM) {
+                wait(&shared.value_free[stage], phase ^ 1);
+                arrive_expecting(&shared.value_full[stage], VALUE_BYTES);
+                load_panels<PARTS * VALUE_PANELS>(
+                    shared.value[stage], value, &shared.value_full[stage], KEYS * ROW_BYTES, first, 0);
+            }
             // What comes next is drawn late, for other blocks may be free before, and so that nothing waits for memory.
             if (step == max(0, item.steps - 8) && --left > 0) items.draw();
             if (step == max(0, item.steps - 6) && left > 0) items.look_up();

@@ -36,7 +36,7 @@ __device__ __forceinline__ Step for_warp(const Step& step) {
 struct Shared {
     alignas(1024) char query[QUERY_BYTES];
     alignas(1024) char key[STAGES][KEY_BYTES];
-    alignas(1024) char value[STAGES][VALUE_BYTES];
+    alignas(1024) char value[STAGES][VALUE_DIM ? VALUE_BYTES : 1];
     float4 totals[FOLD ? SUMS / 4 : 1][FOLD ? 128 * CONSUMERS : 1];  // sums that were folded, of each thread
     Word query_full, query_free;
     Word key_full[STAGES], key_free[STAGES], value_full[STAGES], value_free[STAGES];
@@ -49,6 +49,18 @@ struct Shared {
 };
 
 static_assert(sizeof(Shared) + 1024 <= SHARED_BYTES);  // dynamic shared memory may begin anywhere
+
+// By one thread; `others` read items besides the consumers.
+__device__ __forceinline__ void begin_barriers(Shared& shared, int others) {
+    begin_barrier(&shared.query_full, 1);
+    begin_barrier(&shared.query_free, 128 * CONSUMERS + others);  // of the item too, which every thread reads
+    for (int stage = 0; stage < STAGES; ++stage) {
+        begin_barrier(&shared.key_full[stage], 1);
+        begin_barrier(&shared.value_full[stage], 1);
+        begin_barrier(&shared.key_free[stage], 4 * CONSUMERS);
+        begin_barrier(&shared.value_free[stage], CONSUMERS);
+    }
+}
 
 // The stage of a step, over all items. Two ways to count, each measured to be the faster one with so many consumers.
 struct Ring {

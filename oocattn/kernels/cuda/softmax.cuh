@@ -25,6 +25,11 @@ constexpr float FINE = 4194304.0f;    // 2^22: it holds halves
 constexpr float LARGEST = 3.402823466e38f;
 constexpr float LN2 = 0.693147180559945f, LOG2E = 1.442695040888963f;
 
+// The row of the first of a thread's two rows; the other is 8 below.
+__device__ __forceinline__ int first_row_of(const Item& item) {
+    return item.tile * ROWS + (threadIdx.x / 32 - 4) * 16 + threadIdx.x % 32 / 4;
+}
+
 struct Softmax {
     float shift[2] = {MINUS_INFINITY, MINUS_INFINITY};  // exponents are taken of scaled scores less this
     float den[2] = {0.0f, 0.0f};                          // of the thread's own columns

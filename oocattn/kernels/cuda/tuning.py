@@ -7,14 +7,16 @@ from functools import cache
 from itertools import product
 from typing import Literal, NamedTuple
 
+from oocattn.kernels.cuda.reducing import Reductions
 from oocattn.units import round_up
 
 PANEL = 64  # columns that are loaded at a time
 ROWS_OF_CONSUMER = 64  # of a tile, for each group of warps that multiplies
-MOST_COLUMNS = {1: 256, 2: 128}  # D and Dv, by the parts of a weight
+MOST_COLUMNS = {1: 256, 2: 128}  # D and Dv, by the parts of a number or of a weight
 FOLDED_KEYS = 16_384  # in the sums of the matrix units: their error is a third of the weights' (NOTES.md)
 RESTARTED_KEYS = 256  # after which the sums of weights in two parts are added up in float32
 _STEPS = (128, 80, 64)  # keys of a step
+_REDUCED_CUTS = ((3, 128), (2, 128), (2, 64), (1, 128), (1, 64))  # consumers, and keys of a step, where weights are reduced
 _STAGES = (3, 2)  # steps whose keys and values are held
 _SHARED_BYTES = 232_448  # of a multiprocessor
 _OTHER_BYTES = 3072  # of it: barriers, items, and up to 1,024 that align the rest
@@ -29,12 +31,14 @@ class Numbers(NamedTuple):
     split: Literal["nothing", "values", "all"]
 
 
-def numbers_for(dtype: str, *, precise: bool = False, shifted: bool = False) -> Numbers:
+def numbers_for(dtype: str, *, precise: bool = False, shifted: bool = False, reduced: bool = False) -> Numbers:
     """How rows of a dtype are multiplied.
 
     `precise` keeps two parts of a weight also where one would have their bits. Weights of `shifted` calls are of float16,
-    and so are values, which are projected.
+    and so are values, which are projected; those that are `reduced` are multiplied with nothing.
     """
+    if reduced:
+        return Numbers(2, 1, "all") if dtype == "float32" else Numbers(1, 1, "nothing")
     if dtype == "float32":
         return Numbers(2, 2, "all")
     if shifted:
@@ -91,3 +95,16 @@ def tuning_for(head_dim: int, value_dim: int, numbers: Numbers, *, long: bool, p
         if shared <= _SHARED_BYTES and registers <= _REGISTERS and (weight_parts == 1 or RESTARTED_KEYS % keys == 0):
             return Tuning(consumers, keys, stages, numbers, folds, shared)
     raise ValueError(f"D = {head_dim}, Dv = {value_dim}: expected {MOST_COLUMNS[weight_parts]} at most")
+
+
+@cache
+def reducing_tuning(head_dim: int, numbers: Numbers, reductions: Reductions, *, plain: bool) -> Tuning:
+    """The tuning for D = head_dim where weights are reduced and not multiplied; `plain` as above."""
+    width = round_up(head_dim, PANEL)
+    for (consumers, keys), stages in product(_REDUCED_CUTS[not plain :], _STAGES):
+        rows = ROWS_OF_CONSUMER * consumers
+        loaded = 2 * numbers.parts * width * (rows + stages * keys)
+        shared = loaded + reductions.shared_bytes(consumers, rows, keys) + _OTHER_BYTES
+        if shared <= _SHARED_BYTES:
+            return Tuning(consumers, keys, stages, numbers, False, shared)
+    raise ValueError(f"D = {head_dim}: expected {MOST_COLUMNS[numbers.parts]} at most")

@@ -1,7 +1,10 @@
-"""The interface of reductions: what a second pass makes of softmax weights, tile by tile, on a CPU.
+"""The interface of reductions: what a second pass makes of softmax weights.
 
 Along keys a reduction has columns of each row in the state of a query chunk (`RowReduction`). Along rows it has sums for the
 keys of a block (`KeyReduction`), which are kept with the block's partial: a chunk's keys may be as many as all tokens.
+
+On a CPU a reduction is given the weights tile by tile. On a GPU they never leave the registers: a kernel keeps the largest
+of each row and sums of a few kinds (`Totals`), of which each reduction says what it makes.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +24,11 @@ from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
 from oocattn.problem.second_pass import Reduced
 
-_MERGED = 1 << 15  # numbers of states that are merged at a time: temporaries take a megabyte
+if TYPE_CHECKING:
+    from oocattn.kernels.reductions.totals import Totals
+
+_MERGED = {"cpu": 1 << 15, "cuda": 1 << 19}  # numbers of states that are merged at a time
+_MERGING_BYTES = 24  # temporaries of each
 
 Float64s = NDArray[np.float64]
 Int64s = NDArray[np.int64]
@@ -67,6 +74,9 @@ class RowReduction(ABC):
 
     needs_exponents = False
 
+    top = 0
+    """Weights of each row that a GPU's kernel keeps in its columns: the largest, falling, and then their keys."""
+
     @property
     @abstractmethod
     def arrays(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
@@ -79,6 +89,14 @@ class RowReduction(ABC):
     @abstractmethod
     def begin(self, group_size: int, rows: int, keys: Int64s) -> RowSums:
         """Begin with some rows of g heads, and the token of each key of the call."""
+
+    @abstractmethod
+    def add_row_sums(self, columns: Tensor, logarithms: Tensor | None) -> None:
+        """Add what a GPU's kernel has of the rows of a call to their columns [g, n, columns], in place.
+
+        `logarithms` [g, n], float32, are sums of weights times their logarithms to the base 2, where the reduction needs
+        exponents. What it keeps in the columns (`top`) is there already.
+        """
 
     def scratch_bytes(self, rows: int, keys: int) -> int:
         """Bytes that a tile of so many rows, of all heads, takes at most, besides its block's columns."""
@@ -121,8 +139,19 @@ class BlockSums(Protocol):
         """Begin with some of the rows of a call, counted from its first."""
 
 
+class PoolSize(NamedTuple):
+    """Rows, counted from `first`, and keys of a pool."""
+
+    rows: int
+    keys: int
+    first: int
+
+
 class KeyReduction(ABC):
     """A reduction along rows."""
+
+    pools: PoolSize | None = None
+    """The pools whose weights a GPU's kernel sums for it; None: those of each key."""
 
     dimensions: Sequence[str]
     """The names of the dimensions of its array after the first two, [B, H]."""
@@ -137,6 +166,13 @@ class KeyReduction(ABC):
     @abstractmethod
     def begin(self, group_size: int, tokens: range, keys: Int64s) -> BlockSums:
         """Begin with a block: g heads, its rows, and the token of each of its keys, as the problem counts them."""
+
+    def of_totals(self, totals: Float64s) -> Sequence[Float64s]:
+        """`BlockSums.arrays` of a block, from what a GPU summed: [g, keys], or [g, pools of rows, pools of keys].
+
+        There are the pools that have any of the block's rows, and those that have any of its keys.
+        """
+        return [totals]
 
     @abstractmethod
     def scratch_bytes(self, call: CallSize, rows: int) -> int:
@@ -168,6 +204,8 @@ class Reducing:
 
     sums: Sequence[BlockSums]
     places: Places
+    totals: Totals | None = None
+    """Of a GPU: what is summed over rows, in place of `sums`."""
 
     @property
     def needs_exponents(self) -> bool:
@@ -180,10 +218,15 @@ class Reducing:
         return max(1, sum(columns for _, columns in self.rows))
 
 
+def merging_bytes(device_type: str) -> int:
+    """Bytes that `merge_reduced` takes besides the states."""
+    return _MERGING_BYTES * _MERGED[device_type]
+
+
 def merge_reduced(rows: Sequence[tuple[RowReduction, int]], into: AttentionState, other: AttentionState) -> None:
     """Add a state, with the columns of these reductions, to one of the same rows, in place."""
     group_size, count, width = into.num.shape
-    step = max(1, _MERGED // (group_size * width))
+    step = max(1, _MERGED[into.num.device.type] // (group_size * width))
     for start in range(0, count, step):
         first = 0
         for reduction, columns in rows:

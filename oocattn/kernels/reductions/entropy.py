@@ -28,6 +28,10 @@ class Entropy(RowReduction):
     def begin(self, group_size: int, rows: int, keys: Int64s) -> RowSums:
         return _RowEntropy(group_size, rows)
 
+    def add_row_sums(self, columns: Tensor, logarithms: Tensor | None) -> None:
+        assert logarithms is not None
+        columns[..., 0].add_(logarithms, alpha=-math.log(2))
+
 
 class _RowEntropy:
     def __init__(self, group_size: int, rows: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from oocattn.kernels.reductions.base import BlockSums, Float64s, Int64s, KeyReduction, KeySums, Places, WeightTile
+from oocattn.kernels.reductions.base import BlockSums, Float64s, Int64s, KeyReduction, KeySums, Places, PoolSize, WeightTile
 from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div
 
@@ -26,6 +26,7 @@ class Pooled(KeyReduction):
 
     def __init__(self, rows: int, keys: int, first: int, most: int) -> None:
         self._rows, self._keys, self._first, self._most = rows, keys, first, most
+        self.pools = PoolSize(rows, keys, first)
 
     def begin(self, group_size: int, tokens: range, keys: Int64s) -> BlockSums:
         return _Pooled(group_size, self._of_rows(tokens), keys // self._keys, tokens.start)

@@ -28,7 +28,7 @@ class TopKeys(RowReduction):
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self._count = self.top = count
 
     @property
     def arrays(self) -> Mapping[str, tuple[tuple[int, ...], str]]:
@@ -41,6 +41,9 @@ class TopKeys(RowReduction):
 
     def begin(self, group_size: int, rows: int, keys: Int64s) -> RowSums:
         return _RowTop(self._count, group_size, rows, keys)
+
+    def add_row_sums(self, columns: Tensor, logarithms: Tensor | None) -> None:
+        """There is nothing to add."""
 
     def merge(self, into: Tensor, other: Tensor) -> None:
         weights, keys = (torch.cat([into[..., part], other[..., part]], -1) for part in self._parts)

@@ -27,12 +27,14 @@ from oocattn.division.base import Block
 from oocattn.kernels.cuda.device import launcher, release_cached_memory
 from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
+from oocattn.operations.base import SummedBlock
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.pipelines.failing import naming_subproblem
 from oocattn.pipelines.lane.cuda_memory import PinnedMemory, TileRows, close_all, copy_state, pinning, take_device_memory
 from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_event
 from oocattn.pipelines.lane.finisher import Finisher
+from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
@@ -83,8 +85,8 @@ class CudaDevice:
             self._clock = DeviceClock(self._compute)
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         """The end of each key tile that is ahead, and its pairs of all heads."""
-        self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event]] = deque()
-        """Query chunks in flight, and the event after which each is on the host."""
+        self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event, SummedBlock | None]] = deque()
+        """Query chunks in flight, the event after which each is on the host, and what is summed over its rows."""
         self._handing_over = threading.Lock()
         self._end_short_interval = hold_short_interval(self)
 
@@ -162,16 +164,18 @@ class CudaDevice:
         self._hand_over_while(lambda: self._must_come_back(launch, chunk))  # only this thread adds to what comes back
         destination = launch.partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
         launch.coming_back += 1
-        tiles = self._launch_tiles(launch, block, destination)
-        self._coming_back.append((launch, chunk, tiles[-1][1]))
+        tiles, sums = self._launch_tiles(launch, block, destination)
+        self._coming_back.append((launch, chunk, tiles[-1][1], sums))
         last = self._plan.division_of(staged.head_group).contributors(chunk)[-1] == staged.index
         if last and self._plan.partials == "memory":
             finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
 
     def _must_come_back(self, launch: _Launch, chunk: int) -> bool:
         """True if earlier partials of a chunk must come first: for buffers, or a save."""
+        if len(self._coming_back) == PARTIAL_BUFFERS["cuda"] and (self._plan.partials == "disk" or self._plan.totals_bytes):
+            return True
         if self._plan.partials == "disk":
-            return len(self._coming_back) == PARTIAL_BUFFERS["cuda"]
+            return False
         return bool(self._coming_back) and launch.partials.save_pending(launch.staged.head_group, chunk)
 
     def _hand_over_while(self, due: Callable[[], bool]) -> None:
@@ -183,32 +187,54 @@ class CudaDevice:
 
     def _hand_over_oldest(self) -> None:
         """Wait until the oldest partial in flight is on the host, and hand it over."""
-        launch, chunk, returned = self._coming_back[0]
+        launch, chunk, returned, sums = self._coming_back[0]
         head_group, index = launch.staged.head_group, launch.staged.index
         with naming_subproblem(head_group, index):
             returned.synchronize()
-            launch.partial_bytes += launch.partials.end(head_group, chunk, index)
+            with torch.cuda.stream(self._merge_stream):
+                arrays = [] if sums is None else sums.arrays
+            launch.partial_bytes += launch.partials.end(head_group, chunk, index, arrays)
         self._health.step()
         launch.coming_back -= 1
         self._coming_back.popleft()
 
-    def _launch_tiles(self, launch: _Launch, block: Block, destination: Destination) -> list[_ReturnedTile]:
-        """Enqueue a query chunk tile by tile, again with half the rows if memory is short."""
+    def _begin_sums(self, launch: _Launch, block: Block) -> tuple[torch.Tensor, SummedBlock | None]:
+        """What is summed over the rows of a block, and the memory in which it is; the one before last is handed over."""
+        staged = launch.staged
+        if not self._plan.totals_bytes:
+            return self._buffers.kept_totals, None
+        with torch.cuda.stream(self._compute):
+            memory = self._buffers.totals.acquire(self._compute).buffer
+            return memory, self._operation.begin_sums(staged.head_group, block, staged.rows, Arena(memory).take)
+
+    def _launch_tiles(
+        self, launch: _Launch, block: Block, destination: Destination
+    ) -> tuple[list[_ReturnedTile], SummedBlock | None]:
+        """Enqueue a query chunk tile by tile, again with half the rows if memory is short; and what it sums over them."""
         rows = launch.staged.queries[block.query_chunk][0].shape[1]
+        memory, sums = self._begin_sums(launch, block)
         tiles: list[_ReturnedTile] = []
         first = 0
         while first < rows:
             tile = range(first, min(first + self.tile_rows.count, rows))
+            self._copy_totals(self._buffers.kept_totals, memory)
             try:
-                tiles.append((tile.stop, self._launch_tile(launch, block, tile, destination)))
+                tiles.append((tile.stop, self._launch_tile(launch, block, tile, destination, sums)))
                 first = tile.stop
                 self._health.step()  # the device works off what was enqueued: only so much waits there
             except torch.OutOfMemoryError as error:
+                self._copy_totals(memory, self._buffers.kept_totals)  # without what the tile has added
                 self.tile_rows.halve(error)
                 launch.halvings += self.tile_rows.take_halvings()
-        return tiles
+        return tiles, sums
 
-    def _launch_tile(self, launch: _Launch, block: Block, tile: range, destination: Destination) -> torch.cuda.Event:
+    def _copy_totals(self, into: torch.Tensor, memory: torch.Tensor) -> None:
+        with torch.cuda.stream(self._compute):
+            into.copy_(memory)
+
+    def _launch_tile(
+        self, launch: _Launch, block: Block, tile: range, destination: Destination, sums: SummedBlock | None
+    ) -> torch.cuda.Event:
         """Enqueue query rows `tile`, their keys and the way back; return its event."""
         slot = self._buffers.queries.acquire(self._copy)
         given = [tensor[:, tile.start : tile.stop] for tensor in launch.staged.queries[block.query_chunk]]
@@ -225,7 +251,7 @@ class CudaDevice:
             staged, first = launch.staged, self._plan.query_rows(block.query_chunk).start
             rows = range(first + tile.start, first + tile.stop)
             for keys in self._operation.tiles(staged.head_group, block, staged.rows, rows, self._plan.tiles.key):
-                self._attend_keys(launch, query, keys, state)
+                self._attend_keys(launch, query, keys, state, sums)
                 pairs += keys.pairs
         finally:  # also what was launched before an error reads the slot
             slot.freed = attended = record_event(self._compute)
@@ -243,7 +269,9 @@ class CudaDevice:
                 self._health.copied(to_device=staged.nbytes)
         return launch.stretches[-1].stop
 
-    def _attend_keys(self, launch: _Launch, query: list[torch.Tensor], tile: Tile, state: AttentionState) -> None:
+    def _attend_keys(
+        self, launch: _Launch, query: list[torch.Tensor], tile: Tile, state: AttentionState, sums: SummedBlock | None
+    ) -> None:
         """Enqueue the copy of a key tile and the kernel's call on it."""
         if len(self._ahead) == AHEAD:
             ended, attended = self._ahead.popleft()
@@ -256,7 +284,7 @@ class CudaDevice:
         self._compute.wait_event(copied)
         try:
             with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
-                self._operation.compute(launch.staged.head_group, tile, query, keys, state)
+                self._operation.compute(launch.staged.head_group, tile, query, keys, state, None, sums)
         finally:
             slot.freed = done = record_event(self._compute)
             self._ahead.append((done, tile.pairs * len(query[0])))

@@ -31,6 +31,7 @@ from oocattn.planning.memory import (
     PARTIAL_BLOCK_ROWS,
     QUERY_SLOTS,
     SEGMENT,
+    TOTALS_SLOTS,
     Tiles,
     device_arena_bytes,
 )
@@ -120,6 +121,10 @@ class DeviceBuffers:
         self.finalised = arena.state(1, FINALISED_ROWS, dim)
         self.out = arena.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
         self.lse = arena.take((1, FINALISED_ROWS), torch.float32)
+        self.totals, self.kept_totals = SlotRing[torch.Tensor]([]), torch.empty(0, dtype=torch.uint8, device=memory.device)
+        if plan.totals_bytes:
+            *slots, self.kept_totals = (arena.take((plan.totals_bytes,), torch.uint8) for _ in range(TOTALS_SLOTS))
+            self.totals = SlotRing(slots)
         merged = [tiles.query] if plan.partials == "memory" else 2 * [PARTIAL_BLOCK_ROWS]
         self.merged = [arena.state(group, rows, dim) for rows in merged]
 
@@ -131,7 +136,7 @@ def take_device_memory(
     problem = plan.problem
     while True:
         tiles = Tiles(rows.count, plan.tiles.key)
-        nbytes = device_arena_bytes(problem, tiles, plan.partials)
+        nbytes = device_arena_bytes(problem, tiles, plan.partials, plan.totals_bytes)
         scratch = get_kernel(plan.kernel).scratch_bytes(call_size(problem, tiles.query, tiles.key, plan.threads))
         try:
             with torch.cuda.stream(compute):  # one segment, of which the results of all calls are cut
