@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import GENEROUS, MACHINE, with_partials
+from support import GENEROUS, GPU, MACHINE, replanned, with_partials
 
 from oocattn import Plan, Survey
 from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines import session
 from oocattn.planning.candidates import Choices, make_plan
 from oocattn.planning.machine import Engine
+from oocattn.planning.memory import Tiles
 from oocattn.planning.reading import input_cost
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
@@ -27,11 +28,24 @@ ARRAYS = ("received", "entropy", "top_keys", "top_weights", "pooled")
 
 @contextmanager
 def planned(
-    chunks: int | None, decomposition: str = "cqs", *, partials: str | None = None, threads: int = 1
+    chunks: int | None,
+    decomposition: str = "cqs",
+    *,
+    partials: str | None = None,
+    threads: int = 1,
+    gpu_tiles: Tiles | None = None,
 ) -> Iterator[None]:
-    """While inside, plans of second passes have so many chunks, this division and, where given, place of partials."""
-    kernel, real = "weights", session.plan_here
-    machine = replace(MACHINE, kernel=kernel, scratch_bytes=get_kernel(kernel).scratch_bytes, threads=threads)
+    """While inside, plans of second passes have so many chunks, this division and, where given, place of partials.
+
+    With `gpu_tiles` they are surveys on a GPU.
+    """
+    kernel, real = "weights" if gpu_tiles is None else "hopper-survey", session.plan_here
+    machine = replace(
+        MACHINE if gpu_tiles is None else GPU,
+        kernel=kernel,
+        scratch_bytes=get_kernel(kernel).scratch_bytes,
+        threads=threads,
+    )
 
     def plan(
         dataset: Dataset,
@@ -55,7 +69,8 @@ def planned(
             decomposition=decomposition,
             to_store=to_store,
         )
-        return made if partials is None else with_partials(made, partials)
+        made = made if partials is None else with_partials(made, partials)
+        return made if gpu_tiles is None else replanned(made, tiles=gpu_tiles)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "plan_here", plan)

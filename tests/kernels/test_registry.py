@@ -5,15 +5,16 @@ import torch
 
 from oocattn.errors import ProblemError
 from oocattn.kernels.cuda.hopper import HopperKernel, HopperPreciseKernel
+from oocattn.kernels.cuda.hopper_survey import HopperSurveyKernel
 from oocattn.kernels.libraries import fa3 as fa3_module
 from oocattn.kernels.registry import (
     default_kernel,
     device_type,
     get_kernel,
     kernel_names,
-    proving_kernel,
     require_kernel,
     rounds_weights,
+    second_pass_kernel,
     share_code,
 )
 from oocattn.pins import Pins
@@ -26,8 +27,11 @@ DEVICE_TYPES = {
     **dict.fromkeys(("hopper", "hopper-precise", "fa3", "cudnn", "flash", "torch"), "cuda"),
 }
 """Every kernel that attends, and where it runs."""
-SHIFTED_DEVICE_TYPES = {"weights": "cpu", "hopper-weights": "cuda"}
-"""Every kernel for second passes."""
+SHIFTED_DEVICE_TYPES = {
+    "proofs": {"weights": "cpu", "hopper-weights": "cuda"},
+    "surveys": {"weights": "cpu", "hopper-survey": "cuda"},
+}
+"""Every kernel for second passes, by what these are."""
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def machine(monkeypatch):
         refusal = lambda device, dtype, *dims: "" if dtype in fa3 else "the library refuses it: not built"  # noqa: E731
         monkeypatch.setattr(fa3_module.Fa3Kernel, "_refusal", staticmethod(refusal))
         refused = lambda *_: "" if ours else "it does not compile here: no NVRTC"  # noqa: E731
-        for kernel in (HopperKernel, HopperPreciseKernel):
+        for kernel in (HopperKernel, HopperPreciseKernel, HopperSurveyKernel):
             monkeypatch.setattr(kernel, "_refusal", staticmethod(refused))
 
     return pretend
@@ -53,17 +57,35 @@ def test_a_gpu_s_proofs_share_the_code_of_its_runs_and_a_cpu_s_do_not():
     assert share_code("hopper", "hopper-weights")
     assert not share_code("cpu", "weights")
     assert not share_code("hopper", "weights")
-    assert proving_kernel("cpu", "float16", 64, 64) == "weights"
+    assert second_pass_kernel("proofs", "cpu", "float16", 64, 64) == "weights"
+
+
+def test_a_gpu_s_surveys_are_computed_there_where_rows_can_be_read(machine):
+    machine((9, 0), ours=True)
+    for dtype, head_dim, value_dim, name in (
+        ("float16", 64, 1000, "hopper-survey"),  # values are not read
+        ("bfloat16", 256, 64, "hopper-survey"),
+        ("float32", 128, 128, "hopper-survey"),
+        ("float32", 136, 64, "weights"),
+        ("float16", 60, 64, "weights"),
+        ("float16", 264, 64, "weights"),
+    ):
+        assert second_pass_kernel("surveys", CUDA, dtype, head_dim, value_dim) == name
+    assert second_pass_kernel("surveys", "cpu", "float16", 64, 64) == "weights"
+    machine((9, 0))
+    assert second_pass_kernel("surveys", CUDA, "float16", 64, 64) == "weights"
+    machine((8, 0), ours=True)
+    assert second_pass_kernel("surveys", CUDA, "float16", 64, 64) == "weights"
 
 
 def test_every_kernel_has_its_name_and_bounds():
-    for shifted, device_types in ((False, DEVICE_TYPES), (True, SHIFTED_DEVICE_TYPES)):
-        names = kernel_names(shifted=shifted)
+    for passes, device_types in ((None, DEVICE_TYPES), *SHIFTED_DEVICE_TYPES.items()):
+        names = kernel_names(passes)
         assert {name: device_type(name) for name in names} == device_types
         for name in names:
             kernel = get_kernel(name)
             assert kernel.name == name
-            assert kernel.shifted == shifted
+            assert kernel.shifted == (passes is not None)
             assert kernel.rounds_weights == rounds_weights(name)
             assert 1 <= kernel.max_keys <= 65_536
             assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
@@ -73,7 +95,7 @@ def test_every_kernel_has_its_name_and_bounds():
 
 
 def test_a_result_of_every_kernel_can_be_read():
-    for name in (*DEVICE_TYPES, *SHIFTED_DEVICE_TYPES):
+    for name in (*DEVICE_TYPES, *SHIFTED_DEVICE_TYPES["proofs"], "hopper-survey"):
         pins = Pins(chunks=7, decomposition="cqs", kernel=name, span=0)
         assert from_json(Pins, to_json(pins)) == pins
         assert f"kernel='{name}'" in str(pins)

@@ -172,11 +172,10 @@ class CudaDevice:
 
     def _must_come_back(self, launch: _Launch, chunk: int) -> bool:
         """True if earlier partials of a chunk must come first: for buffers, or a save."""
-        if len(self._coming_back) == PARTIAL_BUFFERS["cuda"] and (self._plan.partials == "disk" or self._plan.totals_bytes):
+        on_disk = self._plan.partials == "disk"
+        if (on_disk or self._plan.totals_bytes) and len(self._coming_back) == PARTIAL_BUFFERS["cuda"]:
             return True
-        if self._plan.partials == "disk":
-            return False
-        return bool(self._coming_back) and launch.partials.save_pending(launch.staged.head_group, chunk)
+        return not on_disk and bool(self._coming_back) and launch.partials.save_pending(launch.staged.head_group, chunk)
 
     def _hand_over_while(self, due: Callable[[], bool]) -> None:
         """Hand partials over, the oldest first, while due; other threads may, too."""
@@ -229,8 +228,9 @@ class CudaDevice:
         return tiles, sums
 
     def _copy_totals(self, into: torch.Tensor, memory: torch.Tensor) -> None:
-        with torch.cuda.stream(self._compute):
-            into.copy_(memory)
+        if len(memory):
+            with torch.cuda.stream(self._compute):
+                into.copy_(memory)
 
     def _launch_tile(
         self, launch: _Launch, block: Block, tile: range, destination: Destination, sums: SummedBlock | None
