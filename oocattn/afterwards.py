@@ -164,7 +164,7 @@ def survey(
     lock: str = "auto",
     storage_options: StorageOptions | None = None,
 ) -> Survey:
-    """Add to a finished result what its rows attend, by a second pass over all pairs on the CPU.
+    """Add to a finished result what its rows attend, by a second pass over all pairs, on Hopper GPUs or the CPU.
 
     The weights are P_ij = exp(s_ij - lse_i). Of `arrays`: `received` [B, Hq, Nk], the sum of the weights that a key
     receives; `entropy` [B, Hq, N] of each row's weights, in nats; `top_keys` [B, Hq, N, k] with `top_weights`, the `top` = k
