@@ -111,8 +111,11 @@ def check_top(found: Arrays, weights: np.ndarray, tolerance: float = 1e-5) -> No
         assert len(np.unique(row[named])) == named.sum()
 
 
-def check(found: Arrays, weights: np.ndarray, tolerance: float = 1e-5, **blocks: int) -> None:
-    """All reductions are those of the weights [g, rows, keys]; `blocks` are those of `all_reductions`."""
+def check(found: Arrays, weights: np.ndarray, tolerance: float = 1e-5, *, least: float = 1e-6, **blocks: int) -> None:
+    """All reductions are those of the weights [g, rows, keys]; `blocks` are those of `all_reductions`.
+
+    `tolerance` is relative, and `least` is what sums may be off by beside it.
+    """
     check_top(found, weights, tolerance)
     for name, expected in by_definition(weights, **blocks).items():
-        np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(found[name], expected, rtol=tolerance, atol=least, err_msg=name)

@@ -33,12 +33,13 @@ def _needs_hopper() -> None:
 
 
 @contextmanager
-def noted(**chosen: Any) -> Iterator[list[Plan]]:
-    """The plans of the passes inside, which are as they are chosen."""
+def noted(*, one: bool = False, **chosen: Any) -> Iterator[list[Plan]]:
+    """The plans of the passes inside, which are as they are chosen; with `one` all are the first: rates that are measured vary."""
     plans, real = list[Plan](), session.plan_here
 
     def plan(dataset: Any, problem: Any, choices: Any, *others: Any, **options: Any) -> Plan:
-        plans.append(real(dataset, problem, replace(choices, **chosen), *others, **options))
+        again = one and bool(plans)
+        plans.append(plans[0] if again else real(dataset, problem, replace(choices, **chosen), *others, **options))
         return plans[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -96,15 +97,14 @@ def test_a_gpu_s_survey_has_what_a_cpu_s_has(
 @pytest.mark.parametrize("division", ["cqs", "strips"])
 def test_a_survey_that_was_interrupted_goes_on_to_the_same_bits(tmp_path: Path, division: str) -> None:
     result, inputs = attend(tmp_path, "float16", causal=True)
-    with noted(chunks=7, decomposition=division, device_memory=256 << 20) as plans:
+    with noted(one=True, chunks=7, decomposition=division, device_memory=256 << 20) as plans:
         right = bits(survey(result, inputs))
         assert bits(survey(result, inputs)) == right
         for kind, count in (("attended", 2), ("attended", 9), ("written", 4)):
             with pytest.raises(EnoughError):
                 survey(result, inputs, callbacks=[interrupt(kind, count)])
             assert bits(survey(result, inputs)) == right
-    assert {plan.kernel for plan in plans} == {"hopper-survey"}
-    assert len({plan.digest for plan in plans}) == 1
+    assert plans[0].kernel == "hopper-survey"
 
 
 def test_a_survey_keeps_to_the_memory_that_is_planned(tmp_path: Path) -> None:

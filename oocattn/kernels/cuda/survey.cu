@@ -52,7 +52,7 @@ struct RowSums {
         }
     }
 
-    // Turn scores into weights, and add them up: `sum` becomes those of this step. Whether the sum of any few that a thread
+    // Turn scores into weights, and add them up: `sum` becomes those of this step. Whether the sum of any four that a thread
     // has of a row is above the row's `least`, as where one of them is.
     __device__ __forceinline__ bool weigh(float (&scores)[SCORES], float scale, const float (&least)[2], float (&sum)[2]) {
         float less[2] = {shift[0], shift[1]}, products[2] = {0.0f, 0.0f};
@@ -60,10 +60,10 @@ struct RowSums {
         bool above = false;
         sum[0] = sum[1] = 0.0f;
 #pragma unroll
-        for (int first = 0; first < SCORES; first += 16) {
+        for (int first = 0; first < SCORES; first += 8) {
             float part[2] = {0.0f, 0.0f};
 #pragma unroll
-            for (int i = first; i < first + 16; ++i) {
+            for (int i = first; i < first + 8; ++i) {
                 const int row = i / 2 % 2;
                 const float exponent = fmaf(scores[i], scale, -less[row]);
                 scores[i] = exp2_of(exponent);
@@ -76,19 +76,25 @@ struct RowSums {
                 sum[row] += part[row];
             }
         }
-        if (LOGARITHMS && !(products[0] + products[1] > MINUS_INFINITY)) bound(scores, products);
+        if (LOGARITHMS && !(products[0] + products[1] > MINUS_INFINITY)) {
+            if (!(products[0] > MINUS_INFINITY)) products[0] = bounded<0>(scores);
+            if (!(products[1] > MINUS_INFINITY)) products[1] = bounded<1>(scores);
+        }
 #pragma unroll
         for (int row = 0; row < 2; ++row) den[row] += sum[row], logarithms[row] += products[row];
         return above;
     }
 
   private:
-    // Weights of 0 count for nothing, whatever their logarithm.
-    __device__ static void bound(const float (&weights)[SCORES], float (&products)[2]) {
-        products[0] = products[1] = 0.0f;
+    // The sum of a row's products, where weights of 0 count for nothing, whatever their logarithm.
+    template <int ROW>
+    __device__ __forceinline__ static float bounded(const float (&weights)[SCORES]) {
+        float sum = 0.0f;
 #pragma unroll
-        for (int i = 0; i < SCORES; ++i)
-            products[i / 2 % 2] += weights[i] == 0.0f ? 0.0f : weights[i] * __log2f(weights[i]);
+        for (int i = 2 * ROW; i < SCORES; i += 4)
+#pragma unroll
+            for (int j = i; j < i + 2; ++j) sum += weights[j] == 0.0f ? 0.0f : weights[j] * __log2f(weights[j]);
+        return sum;
     }
 };
 

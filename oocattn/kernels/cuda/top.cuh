@@ -75,11 +75,14 @@ struct Top {
 #pragma unroll
         for (int i = 0; i < SCORES; ++i)
             if (weights[i] > least[i / 2 % 2]) pending[i / 2 % 2] |= 1u << (i / 4 * 2 + i % 2);
-        while (__any_sync(~0u, pending[0] | pending[1])) {
+        while (true) {
+            const unsigned wanted[2] = {__reduce_or_sync(~0u, pending[0]), __reduce_or_sync(~0u, pending[1])};
+            if ((wanted[0] | wanted[1]) == 0) return;
 #pragma unroll
             for (int i = 0; i < SCORES; ++i) {
                 const int which = i / 2 % 2;
                 const unsigned bit = 1u << (i / 4 * 2 + i % 2);
+                if (!(wanted[which] & bit)) continue;  // the whole warp
                 if (!(pending[which] & bit)) continue;
                 if (weights[i] >= least[which]) {
                     const int place = atomicAdd(&lists.counts[rows[which]], 1);
