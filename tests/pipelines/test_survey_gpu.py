@@ -34,7 +34,7 @@ def _needs_hopper() -> None:
 
 @contextmanager
 def noted(*, one: bool = False, **chosen: Any) -> Iterator[list[Plan]]:
-    """The plans of the passes inside, which are as they are chosen; with `one` all are the first: rates that are measured vary."""
+    """The plans of the passes inside, as they are chosen; with `one` all are the first, for measured rates vary."""
     plans, real = list[Plan](), session.plan_here
 
     def plan(dataset: Any, problem: Any, choices: Any, *others: Any, **options: Any) -> Plan:

@@ -156,7 +156,7 @@ __device__ void consume(Surveying& shared, const Call& call, const State& state,
             float scores[SCORES], sum[2];
             wait(&shared.key_full[keys.stage()], keys.phase());
 #if LISTED
-            const int slot = keys.slot(), first = shared.steps[slot].first, live = shared.steps[slot].live;
+            const auto [first, live] = for_warp(shared.steps[keys.slot()]);
             const bool masked = live != WHOLE && !is_whole(whole, first);
 #else
             const int first = item.key(step);
