@@ -32,12 +32,13 @@ from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import recost
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
+from oocattn.planning.layout import call_size
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
 from oocattn.planning.measured import HALF_RATE_KEYS
+from oocattn.planning.memory import totals_bytes
 from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
-from oocattn.problem.calls import CallSize
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores
@@ -119,14 +120,13 @@ def _max_keys(name: str, problem: Problem) -> int:
 def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) -> tuple[float, int]:
     """Floating-point operations per second of a kernel in calls of any length, and the bytes that measuring it takes."""
     rows, keys = CUDA_SAMPLE
-    sample = Sample.of(problem)
-    measured = kernel_rate(name, sample, rows, keys, "cuda")
+    measured = kernel_rate(name, Sample.of(problem), rows, keys, "cuda")
     release_cached_memory(torch.device("cuda"))
     inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
     operands = AttentionState.nbytes_for(1, rows, problem.columns) + inputs * problem.itemsize + 4 * keys
-    call = CallSize(1, rows, keys, sample.head_dim, sample.value_dim, sample.dtype, threads, plain=problem.is_plain)
-    scratch_bytes = get_kernel(name).scratch_bytes(call)
-    return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), operands + scratch_bytes + SEGMENTS
+    call = replace(call_size(problem, rows, keys, threads), group_size=1, masked=False)
+    taken = operands + get_kernel(name).scratch_bytes(call) + totals_bytes(problem, rows, keys) + SEGMENTS
+    return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), taken
 
 
 def plan_here(

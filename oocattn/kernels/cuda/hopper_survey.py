@@ -14,7 +14,7 @@ from oocattn.kernels.cuda.reducing import Reductions
 from oocattn.kernels.cuda.tuning import Numbers, numbers_for, reducing_tuning
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.reductions import reductions_of
-from oocattn.kernels.reductions.base import merging_bytes
+from oocattn.kernels.reductions.base import merging_sizes
 from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
@@ -37,7 +37,10 @@ class HopperSurveyKernel(HopperKernel):
         return numbers_for(dtype, reduced=True)
 
     def scratch_bytes(self, call: CallSize) -> int:
-        """What `hopper` takes but for values; sums of rows; temporaries of the merge of two states."""
+        """What `hopper` takes but for values; sums of rows; what merging states takes on another stream, and once more.
+
+        A lane takes all of it for the kernel's stream at first.
+        """
         along_keys, along_rows = reductions_of(call.reduced)
         logarithms = any(each.needs_exponents for each, _ in along_keys)
         top = max((each.top for each, _ in along_keys), default=0)
@@ -45,7 +48,7 @@ class HopperSurveyKernel(HopperKernel):
         reductions = Reductions(logarithms, not all(pooled), any(pooled), top)
         tuning = reducing_tuning(call.head_dim, self.numbers(call.dtype), reductions, plain=call.plain)
         sizes = scratch_sizes(replace(call, value_dim=0), tuning)
-        return allocated_bytes(*sizes, 4 * call.group_size * call.rows) + merging_bytes("cuda")
+        return allocated_bytes(*sizes, 4 * call.group_size * call.rows) + 2 * allocated_bytes(*merging_sizes("cuda"))
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         return super().unsupported_reason(device, dtype, head_dim, head_dim)  # values are not read
