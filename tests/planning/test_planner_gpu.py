@@ -13,8 +13,11 @@ from test_planner import MIB, asked, check_the_smallest_budget, plan, smallest_n
 
 from oocattn import BudgetError
 from oocattn.kernels.registry import get_kernel
+from oocattn.pipelines.survey import Questions
 from oocattn.planning.machine import Hardware
+from oocattn.planning.memory import TOTALS_SLOTS
 from oocattn.problem.problem import Problem
+from oocattn.problem.second_pass import SecondPass
 
 GIB = 1 << 30
 
@@ -84,6 +87,33 @@ def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
     problem: Problem, gpu: Hardware, name: str, decomposition: str
 ) -> None:
     check_the_smallest_budget(problem, gpu, name, decomposition)
+
+
+SURVEYING = replace(GPU, kernel="hopper-survey", scratch_bytes=get_kernel("hopper-survey").scratch_bytes)
+
+
+def surveyed(problem: Problem) -> Problem:
+    """The survey of a result."""
+    return replace(problem, out_dtype="float32", second_pass=SecondPass(reduced=Questions().reduced(problem)))
+
+
+@given(problems(), budgets, budgets, st.sampled_from(["auto", "cqs", "strips"]))
+@settings(max_examples=40)
+def test_what_a_survey_sums_over_rows_is_in_its_peaks(problem: Problem, device: int, host: int, decomposition: str) -> None:
+    problem = surveyed(problem)
+    try:
+        made = plan(problem, SURVEYING, device_memory=device, host_memory=host, decomposition=decomposition)
+    except BudgetError:
+        return
+    assert made.totals_bytes > 0
+    assert TOTALS_SLOTS * made.totals_bytes < made.peak_device <= device
+    assert made.totals_bytes < made.peak_host <= host
+
+
+@given(problems(), st.sampled_from(["host_memory", "device_memory"]), st.sampled_from(["auto", "cqs", "strips"]))
+@settings(max_examples=15)
+def test_the_smallest_budget_of_a_survey_is_named(problem: Problem, name: str, decomposition: str) -> None:
+    check_the_smallest_budget(surveyed(problem), SURVEYING, name, decomposition)
 
 
 def test_the_smallest_budget_is_named_where_smaller_tiles_take_more_scratch() -> None:
