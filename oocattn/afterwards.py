@@ -24,7 +24,7 @@ from oocattn.planning.machine import Engine
 from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
-from oocattn.storage.paths import ALL_ROWS, LOCKS, ResultLike, ResultPaths
+from oocattn.storage.paths import ALL_ROWS, LOCKS, SURVEY, ResultLike, ResultPaths
 from oocattn.storage.remote.limits import limited
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
@@ -139,6 +139,8 @@ def _every_row(
     pool=arguments.integer(1, MOST_POOLS),
     mean_heads=arguments.boolean,
     host_memory=arguments.size,
+    kernel=arguments.choice(*kernel_names("surveys")),
+    device_memory=arguments.size,
     overwrite=arguments.boolean,
     scratch=arguments.path,
     lock=arguments.choice(*LOCKS),
@@ -153,6 +155,8 @@ def survey(
     mean_heads: bool = False,
     inputs: InputsLike | None = None,
     host_memory: Size | None = None,
+    kernel: str | None = None,
+    device_memory: Size | None = None,
     overwrite: bool = False,
     time_limit: Duration | None = None,
     engine: Engine = "dask",
@@ -174,10 +178,11 @@ def survey(
     earlier survey are replaced with `overwrite`. A learnable sink counts as a weight that no key receives.
 
     A pass that was cut off goes on when the same is asked for again. Another survey is refused until then, unless
-    `overwrite` throws that pass away. `inputs` names them if they were moved, `host_memory` bounds what is held (default:
-    half of the free memory), and the options from `time_limit` to `lock` are those of `attention`. Raises
-    IntegrityError where there is no finished result, ResultExistsError where it has such an array, or the pass of another
-    survey, ProblemError where the dataset is not of the result's problem, and BudgetError.
+    `overwrite` throws that pass away. `inputs` names them if they were moved, `host_memory` and `device_memory` bound what
+    is held (default: half of the free memory), `kernel` is "weights", of the CPU, or "hopper-survey", and the options from
+    `time_limit` to `lock` are those of `attention`. Raises IntegrityError where there is no finished result,
+    ResultExistsError where it has such an array, or the pass of another survey, ProblemError where the dataset is not of
+    the result's problem or the kernel does not serve, and BudgetError.
     """
     named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
     carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until
@@ -185,5 +190,7 @@ def survey(
         paths = ResultPaths.at(result, scratch, lock, storage_options)
         found = result_at(paths)
         first = FirstPass.open(paths, ResultArrays(found.out, found.lse), named, storage_options)
-        questions = Questions(tuple(arrays), top, pool, mean_heads)
-        return survey_result(first, questions, cast("int | None", host_memory), carrying_out, overwrite=overwrite)
+        reduced = Questions(tuple(arrays), top, pool).reduced(first.problem)
+        budgets: Any = {"kernel": kernel, "device_memory": device_memory}
+        asked = Asked(SecondPass(reduced=reduced), SURVEY, keep=not overwrite, **budgets)
+        return survey_result(first, asked, cast("int | None", host_memory), carrying_out, mean_heads=mean_heads)

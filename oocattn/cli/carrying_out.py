@@ -9,12 +9,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from oocattn import clock
-from oocattn.cli.readers import duration
+from oocattn.cli.readers import duration, size
+from oocattn.kernels.registry import SecondPasses, kernel_names
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
 from oocattn.pipelines.watch.events import Callback, Event, Started
 
 if TYPE_CHECKING:
     from distributed import Client
+
+
+def add_pass(parser: argparse._ActionsContainer, second_passes: SecondPasses) -> None:
+    """Add what computes a second pass."""
+    add, kernels = parser.add_argument, kernel_names(second_passes)
+    add("--kernel", choices=kernels, help="kernel of the pass (default: of a Hopper GPU, if it serves there)")
+    add("--device-memory", type=size, metavar="SIZE", help="hard limit on a GPU's memory (default: half of it)")
 
 
 def add_watching(parser: argparse._ActionsContainer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 import oocattn
-from oocattn.cli.carrying_out import PlanPrinter, add_watching, carrying_out
+from oocattn.cli.carrying_out import PlanPrinter, add_pass, add_watching, carrying_out
 from oocattn.cli.documents import show
 from oocattn.cli.exit_codes import DONE
 from oocattn.cli.inputs import given_storage_options, moved_inputs
@@ -32,6 +32,7 @@ def add_survey(parser: argparse.ArgumentParser) -> None:
     add("--mean-heads", action="store_true", help="average the map over heads")
     add("--draw", dest="map", metavar="FILE.png", help="draw the map, a panel for each head; needs matplotlib")
     add("--host-memory", type=size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)")
+    add_pass(parser, "surveys")
     add("--overwrite", action="store_true", help="replace arrays of another survey, and throw its unfinished pass away")
     add_place(parser)
     add_watching(parser)
@@ -44,7 +45,7 @@ def survey(options: argparse.Namespace) -> int:
 
         there = oocattn.open(options.result, scratch=options.scratch, storage_options=given_storage_options(options))
         check_map(options.map, there, mean_heads=options.mean_heads)  # before anything is computed
-    names = ("arrays", "top", "pool", "mean_heads", "host_memory", "overwrite", "scratch", "lock")
+    names = "arrays", "top", "pool", "mean_heads", "host_memory", "kernel", "device_memory", "overwrite", "scratch", "lock"
     chosen = {name: getattr(options, name) for name in names}
     chosen |= {"inputs": moved_inputs(options), "storage_options": given_storage_options(options)}
     with carrying_out(options, PlanPrinter(silent=options.json)) as how:

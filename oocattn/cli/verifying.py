@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 
 import oocattn
-from oocattn.cli.carrying_out import add_watching, carrying_out
+from oocattn.cli.carrying_out import add_pass, add_watching, carrying_out
 from oocattn.cli.documents import show
 from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE
 from oocattn.cli.inputs import given_storage_options, moved_inputs
 from oocattn.cli.readers import SEED, size
-from oocattn.kernels.registry import kernel_names
 from oocattn.text import printable
 
 
@@ -28,11 +27,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
         help="check every row by a second pass over all pairs, which can be cut off and goes on when asked for again",
     )
     group = parser.add_argument_group("with --all-rows")
-    kernels = kernel_names("proofs")
-    group.add_argument("--kernel", choices=kernels, help="kernel of the pass (default: of a Hopper GPU, if it serves there)")
-    group.add_argument(
-        "--device-memory", type=size, metavar="SIZE", help="hard limit on a GPU's memory (default: half of it)"
-    )
+    add_pass(group, "proofs")
     add_watching(group)
 
 

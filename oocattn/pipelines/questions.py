@@ -17,12 +17,11 @@ MOST_KEYS = (1 << 31) - (1 << 24)
 
 @dataclass(frozen=True)
 class Questions:
-    """What a survey asks for: arrays, keys of each row, blocks along a side of the map, and whether it averages heads."""
+    """What the pass of a survey is asked for: arrays, keys of each row, and blocks along a side of the map."""
 
     arrays: tuple[str, ...] = ARRAYS
     top: int = 8
     pools: int = 1024
-    mean_heads: bool = False
 
     def reduced(self, problem: Problem) -> tuple[Reduced, ...]:
         """What the second pass is asked for. Raises ProblemError for keys whose numbers it cannot keep."""
@@ -45,7 +44,7 @@ class Questions:
 
     @classmethod
     def of(cls, problem: Problem) -> Questions:
-        """What the survey asked for that a second pass is computed for; whether it averages heads is not known.
+        """What the survey asked for that a second pass is computed for.
 
         `pools` is the default where that has blocks of the same size.
         """
@@ -60,7 +59,7 @@ class Questions:
 
     @property
     def options(self) -> Mapping[str, object]:
-        """The options that ask for it, but for `mean_heads`."""
+        """The options that ask for it."""
         found: dict[str, object] = {"arrays": self.arrays}
         found |= {"top": self.top} if "top_keys" in self.arrays else {}
         return found | ({"pool": self.pools} if "pooled" in self.arrays else {})

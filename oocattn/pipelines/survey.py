@@ -21,7 +21,6 @@ from oocattn.naming import as_given, named
 from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.base import warn_of_failure
 from oocattn.pipelines.passes import MADE, judging, remove_pass, removed_if_empty
-from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.result import Result
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey_arrays import MEAN_HEAD, Making, PassArrays, wanted_arrays
@@ -129,20 +128,19 @@ def check_map(typed: str | Path, result: Result, *, mean_heads: bool) -> None:
 
 def survey_result(
     first: FirstPass,
-    questions: Questions,
+    asked: Asked,
     host_memory: int | None,
     carrying_out: tuple[Workplace, Sequence[Callback], float],
     *,
-    overwrite: bool,
+    mean_heads: bool,
 ) -> Survey:
     """Survey a result, and add the arrays to it, unless they are there already.
 
-    Raises what `second_pass` raises, and ResultExistsError as `missing`. With `overwrite` arrays of another survey are
-    replaced, and the pass of another one that is not finished is thrown away.
+    Raises what `second_pass` raises, and ResultExistsError as `missing`. Arrays of another survey are replaced unless they
+    are to be kept, as its pass is. With `mean_heads` the map is averaged over heads.
     """
-    start, until, reduced = clock.now(), carrying_out[2], questions.reduced(first.problem)
-    asked = Asked(SecondPass(reduced=reduced), SURVEY, keep=not overwrite)
-    wanted = wanted_arrays(first.problem, reduced, mean_heads=questions.mean_heads)
+    start, until, overwrite = clock.now(), carrying_out[2], not asked.keep
+    wanted = wanted_arrays(first.problem, asked.second_pass.reduced or (), mean_heads=mean_heads)
     found: dict[str, Any] = {}
     if missing(first.paths, wanted, overwrite=overwrite) or overwrite:
         run = _add(first, asked, wanted, host_memory, carrying_out)

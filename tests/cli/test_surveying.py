@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from support import normal_arrays, write_dataset
 
@@ -73,6 +74,17 @@ def test_the_pass_that_is_resumed_says_what_is_left(
     assert " since it was resumed (predicted " in printed.splitlines()[-1]
 
 
+def test_the_kernel_of_the_pass_may_be_named(
+    result: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = kept(monkeypatch)
+    assert main(["survey", result, "--arrays", "entropy", "--kernel", "weights", *INLINE]) == 0
+    assert found[0].plan.kernel == "weights"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["survey", result, "--arrays", "received", "--kernel", "hopper-survey", *INLINE]) == 1
+    assert "torch finds no NVIDIA GPU" in capsys.readouterr().err
+
+
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[oocattn.Survey]:
     """What `oocattn.survey` returns from now on."""
     found, real = list[oocattn.Survey](), oocattn.survey
@@ -126,6 +138,8 @@ WRONG: dict[str, tuple[list[str], int]] = {
     "too many top keys": (["--top", "129"], 2),
     "too many pools": (["--pool", "4097"], 2),
     "no memory": (["--host-memory", "1"], 1),
+    "a kernel of runs": (["--kernel", "cpu"], 2),
+    "a kernel that proves": (["--kernel", "hopper-weights"], 2),
     "a drawing of another kind": (["--draw", "map.svg"], 2),
     "a drawing without a map": (["--draw", "map.png", "--arrays", "entropy"], 2),
 }

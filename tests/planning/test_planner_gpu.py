@@ -13,7 +13,7 @@ from test_planner import MIB, asked, check_the_smallest_budget, plan, smallest_n
 
 from oocattn import BudgetError
 from oocattn.kernels.registry import get_kernel
-from oocattn.pipelines.survey import Questions
+from oocattn.pipelines.questions import Questions
 from oocattn.planning.machine import Hardware
 from oocattn.planning.memory import TOTALS_SLOTS
 from oocattn.problem.problem import Problem
