@@ -1,4 +1,4 @@
-"""Rows of a result, read through Zarr within a bound of memory, and compared by checksum."""
+"""Rows of a result, read from their files or through Zarr within a bound of memory, and compared by checksum."""
 
 from __future__ import annotations
 
@@ -15,23 +15,36 @@ from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
 from oocattn.records import Count
+from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.codecs import DECODE_COPIES, DECODE_OVERHEAD, INDEX_COPIES, complete_array, read_span
 from oocattn.storage.inputs.decoding import array_chain
-from oocattn.storage.layout import stored_bytes
+from oocattn.storage.inputs.direct import DirectReader
+from oocattn.storage.inputs.zarr_source import MOST_FILES
+from oocattn.storage.layout import ChunkFiles, obstacles, stored_bytes
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.results.checksums import Checksums, as_digits
 from oocattn.units import ceil_div
 
 
 class RowReader:
-    """Reads rows of one head of the array `name` [B, H, N, ...]."""
+    """Reads rows of one head of the array `name` [B, H, N, ...]. Reads may run in several threads at once.
+
+    Files that hold plain numbers are read directly, others through Zarr. `mapped` says whether a read takes no memory
+    besides its buffer.
+    """
 
     def __init__(self, name: str, array: zarr.Array[Any], location: str) -> None:
         self.name = name
         self.shape = array.shape
         self.dtype: np.dtype[Any] = array.dtype.newbyteorder("=")
-        store = array.store
-        self.mapped = isinstance(store, MappedStore) and stored_bytes(array) is not None and store.can_map(array.path)
+        self._files: ChunkFiles | None = None
+        self._reading = DirectReader()
+        self.mapped = False
+        store, axes = array.store, Axes("bhnd"[: array.ndim])
+        if isinstance(store, MappedStore):
+            if not obstacles(array, axes):
+                self._files = ChunkFiles(array, store.root, location, axes)
+            self.mapped = self._files is not None or (stored_bytes(array) is not None and store.can_map(array.path))
         self._array = complete_array(array, location)
         self._chain = array_chain(array)
         self._location = location
@@ -49,7 +62,13 @@ class RowReader:
 
     def read(self, batch: int, head: int, start: int, out: NDArray[Any]) -> None:
         """Read the rows from token `start` on into `out` [n, ...], C-contiguous. Raises as `read_span`."""
-        read_span(self._array, self._location, (batch, head), start, out)
+        if self._files is None:
+            read_span(self._array, self._location, (batch, head), start, out)
+            return
+        step = MOST_FILES * self._array.chunks[2]
+        for low in range(0, len(out), step):
+            rows = out[low : low + step]
+            self._reading.read([(self._files.parts(batch, head, start + low, start + low + len(rows)), rows)])
 
 
 @dataclass(frozen=True)
