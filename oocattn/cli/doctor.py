@@ -30,9 +30,9 @@ from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import device_type, get_kernel, kernel_names
-from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.engines.dask.local_cluster import local_client
+from oocattn.plain_threads import plain_threads
 from oocattn.planning.measure import Sample, copy_rates, kernel_rate
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.mask import Mask

@@ -1,6 +1,7 @@
 """Keep the caller's settings of torch from the results of kernels.
 
-Settings of a thread (default device, autocast, function modes, denormals) do not reach threads of our own (`plain_threads`).
+Settings of a thread (default device, autocast, function modes, denormals) do not reach threads of our own
+(oocattn/plain_threads.py).
 Those of the process (bits of float32 products, errors of nondeterministic operations) are put aside while a kernel works
 (`full_precision`). The default dtype is a matter of naming a dtype wherever a tensor is made.
 """
@@ -10,29 +11,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 
-from oocattn.forks import note_computing
-from oocattn.threads import ThreadPool, begin_call
-
 _LAUNCHING = threading.Lock()
-_COUNTING = threading.Lock()
-
-
-def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool:
-    """A pool of threads that compute with none of the caller's settings, each with `cores` (None: those of the process)."""
-    note_computing()
-    return ThreadPool(count, name, partial(_begin_plainly, cores))
-
-
-def _begin_plainly(cores: int | None) -> None:
-    torch.set_flush_denormal(False)  # a thread, and the OpenMP threads that it makes, inherit it on Linux
-    with _COUNTING:
-        if cores is not None and cores != (usual := torch.get_num_threads()):
-            torch.set_num_threads(cores)  # sets it for later threads too, so another thread puts it back at once
-            begin_call(torch.set_num_threads, usual).result()
 
 
 @contextmanager

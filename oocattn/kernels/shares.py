@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from oocattn.kernels.intervals import Intervals
-from oocattn.kernels.settings import plain_threads
+from oocattn.plain_threads import plain_threads
 from oocattn.units import ceil_div, round_up
 
 S = TypeVar("S")

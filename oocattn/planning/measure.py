@@ -27,8 +27,8 @@ from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel, rounds_weights
 from oocattn.kernels.second_pass import of_second_pass
-from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
+from oocattn.plain_threads import plain_threads
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import recost
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power

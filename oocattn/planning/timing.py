@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from oocattn.threads import count_cores
+
 _TASKS = Path("/proc/self/task")
 
 READING_SECONDS = 0.25
@@ -65,12 +67,6 @@ def undisturbed_seconds(work: Callable[[], object], threads: int = 1) -> float:
     clock.read()
     wall, waited = clock.seconds(threads)
     return wall - waited
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return found or 1
 
 
 def _read_threads() -> dict[str, tuple[float, float]]:

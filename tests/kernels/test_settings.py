@@ -13,8 +13,9 @@ from calling import call
 
 from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import get_kernel
-from oocattn.kernels.settings import full_precision, plain_threads
+from oocattn.kernels.settings import full_precision
 from oocattn.kernels.state import AttentionState
+from oocattn.plain_threads import plain_threads
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,6 @@ import torch
 
 from oocattn import clock
 from oocattn.division.base import Block
-from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
 from oocattn.pipelines.lane.device import Health
@@ -16,6 +15,7 @@ from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.partials.store import PartialStore, Sums
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended, Span
+from oocattn.plain_threads import plain_threads
 from oocattn.planning.plan import Plan
 from oocattn.threads import ThreadPool
 

@@ -16,7 +16,6 @@ import torch
 
 from oocattn import clock
 from oocattn.errors import TaintedError
-from oocattn.kernels.settings import plain_threads
 from oocattn.kernels.state import AttentionState
 from oocattn.operations import Operation
 from oocattn.operations.tiles import pieces
@@ -25,6 +24,7 @@ from oocattn.pipelines.lane.memory import OutBlock, Pool, as_numpy
 from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
 from oocattn.pipelines.lane.partials.store import MergedChunk, PartialStore
 from oocattn.pipelines.watch.events import Merged, Span, Written
+from oocattn.plain_threads import plain_threads
 from oocattn.planning.memory import WRITERS
 from oocattn.planning.plan import Plan
 from oocattn.records import to_json

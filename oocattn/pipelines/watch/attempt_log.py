@@ -50,12 +50,12 @@ from oocattn.pipelines.watch.repeating import planned_of
 from oocattn.pipelines.watch.series import Covered, Highest, Rates
 from oocattn.pipelines.watch.status import last_written
 from oocattn.pipelines.watch.timeline import RESOURCES
-from oocattn.planning.timing import count_cores
 from oocattn.storage.files.durable import write_text
 from oocattn.storage.files.folders import remove_file
 from oocattn.storage.journal.claims import Holder
 from oocattn.storage.paths import ATTEMPTS
 from oocattn.text import printable
+from oocattn.threads import count_cores
 from oocattn.units import format_bytes
 from oocattn.version import versions
 
