@@ -10,7 +10,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -104,6 +105,20 @@ class ThreadPool(Executor):
         self.shutdown(wait=error is None, cancel_futures=error is not None)
         if error is not None:
             self.join(time.monotonic() + EXIT_SECONDS)
+
+
+def map_in_order(pool: Executor, function: Callable[..., T], calls: Iterable[Sequence[Any]], ahead: int) -> Iterator[T]:
+    """What `function` returns for the arguments of each of `calls`, in their order.
+
+    At most `ahead` calls have begun, or are done, before the result that is yielded.
+    """
+    begun = deque[Future[T]]()
+    for arguments in calls:
+        begun.append(pool.submit(function, *arguments))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
 
 
 def _work(calls: SimpleQueue[_Call | None], prepare: Callable[[], object]) -> None:

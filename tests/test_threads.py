@@ -17,7 +17,7 @@ from support import normal_arrays, write_dataset
 
 import oocattn
 from oocattn import threads
-from oocattn.threads import ThreadPool, begin_call
+from oocattn.threads import ThreadPool, begin_call, map_in_order
 
 SOON = 30.0
 """Seconds in which all here ends, also on a busy machine."""
@@ -155,6 +155,30 @@ def test_a_pool_whose_body_fails_cancels_what_waits_and_does_not_wait_for_what_h
         raise KeyboardInterrupt
     assert waiting.cancelled()
     assert hanging.running()
+
+
+def test_results_come_in_the_order_of_the_calls_and_few_are_begun_ahead() -> None:
+    made: list[int] = []
+
+    def call(number: int, seconds: float) -> int:
+        time.sleep(seconds)
+        return number
+
+    def calls() -> Iterator[tuple[int, float]]:
+        for number in range(20):
+            made.append(number)
+            yield number, 0.02 if number % 4 == 0 else 0.0
+
+    with ThreadPool(4, "testing") as pool:
+        for number, result in enumerate(map_in_order(pool, call, calls(), 5)):
+            assert result == number
+            assert len(made) <= number + 6
+    assert len(made) == 20
+
+
+def test_the_first_call_that_fails_ends_the_others() -> None:
+    with pytest.raises(ZeroDivisionError), ThreadPool(2, "testing") as pool:
+        list(map_in_order(pool, divmod, ((1, 5 - number) for number in range(1000)), 3))
 
 
 def test_a_call_in_a_thread_of_its_own_cannot_be_cancelled(never: threading.Event) -> None:
