@@ -7,7 +7,6 @@ rows: the recomputation decides.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from oocattn.problem.second_pass import VECTORS
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.rows import RowReader
+from oocattn.verification.blocks import Compared
 from oocattn.verification.findings import AllRows, RowCheck
 from oocattn.verification.recompute import check_row, recompute_places
 from oocattn.verification.sampling import SampledRow
-from oocattn.verification.scan import Compared, Scan
+from oocattn.verification.scan import find_differences
 
 MOST_RECOMPUTED = 1024
 """Suspected rows that are recomputed: the worst."""
@@ -64,9 +64,10 @@ class AllRowsArrays:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is held at a time: rows that are compared, and keys and rows of the recomputation."""
+    """What is held at a time: rows that each of some threads compares, and keys and rows of the recomputation."""
 
     block_rows: int
+    threads: int
     key_rows: int
     group_rows: int
 
@@ -78,10 +79,8 @@ def check_all_rows(given: Compared, about: AllRowsArrays, sizes: Sizes, weight_r
     pass cannot be read.
     """
     problem = given.problem
-    scan = Scan(given, sizes.block_rows, MOST_RECOMPUTED)
-    for batch, head in itertools.product(range(problem.batch), range(problem.out_heads)):
-        scan.compare_head(batch, head)
-    places = [_place_of(problem, row) for row in scan.worst_rows.tolist()]
+    differences = find_differences(given, sizes.block_rows, sizes.threads, MOST_RECOMPUTED)
+    places = [_place_of(problem, row) for row in differences.worst_rows.tolist()]
     wrong: list[RowCheck] = []
     wrong_rows = 0
     for exact in recompute_places(problem, given.dataset, places, sizes.key_rows, sizes.group_rows, weight_roundoff):
@@ -93,15 +92,15 @@ def check_all_rows(given: Compared, about: AllRowsArrays, sizes: Sizes, weight_r
         rows=problem.rows,
         vectors=VECTORS,
         seed=given.seed,
-        suspected=scan.suspected,
+        suspected=differences.suspected,
         recomputed=len(places),
         wrong_rows=wrong_rows,
         wrong=tuple(sorted(wrong, key=lambda row: (row.batch, row.head, row.token))),
-        open=scan.open,
-        worst=scan.worst,
-        noise=scan.noise.at(0.5),
-        most_noise=scan.noise.at(0.99),
-        lse_noise=scan.lse_noise.at(0.5),
+        open=differences.open,
+        worst=differences.worst,
+        noise=differences.noise.at(0.5),
+        most_noise=differences.noise.at(0.99),
+        lse_noise=differences.lse_noise.at(0.5),
         computed_by=about.computed_by,
         other=about.other,
     )

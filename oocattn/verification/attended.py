@@ -22,9 +22,10 @@ ROWS_AT_A_TIME = 1 << 16  # whose ranges are made together, where those of all r
 
 @dataclass(frozen=True)
 class _Documents:
-    """The documents that some rows are in, all [rows]: their first key, their number of keys, and the row's position.
+    """The documents that some rows are in: their first key, their number of keys, and each row's position.
 
-    Positions are counted from the document's first key. The last row of a document is at its last key.
+    All are [rows], the first two [] where there is but one document. Positions are counted from the document's first key.
+    The last row of a document is at its last key.
     """
 
     first_key: Int64s
@@ -42,17 +43,30 @@ def attended_ranges(problem: Problem, batch: int, tokens: Int64s) -> Int64s:
     farthest = problem.queries + problem.keys  # no key lies farther from a row
     left, right = (None if side is None else min(side, farthest) for side in problem.window_size)
     after = 0 if problem.causal else right
-    band_start = np.zeros_like(position) if left is None else position - left
-    band_stop = keys if after is None else position + 1 + after
-    exempt = np.full_like(position, min(problem.sink_tokens, problem.keys))
-    if problem.causal:
+    exempt: Int64s | int = min(problem.sink_tokens, problem.keys)
+    if problem.causal and exempt:
         exempt = np.minimum(exempt, position + 1)
-    head_stop = np.clip(np.maximum(exempt, min(problem.prefix, problem.keys)), 0, keys)  # with the prefix: of all rows
-    band_start = np.clip(band_start, head_stop, keys)
-    band_stop = np.clip(band_stop, band_start, keys)
-    head = np.stack([np.zeros_like(head_stop), head_stop], axis=-1)
-    ranges = np.stack([head, np.stack([band_start, band_stop], axis=-1)], axis=1)
-    return ranges + found.first_key[:, np.newaxis, np.newaxis]
+    head_stop = _within(np.maximum(exempt, min(problem.prefix, problem.keys)), 0, keys)  # with the prefix: of all rows
+    band_start = _within(0 if left is None else position - left, head_stop, keys)
+    band_stop = _within(keys if after is None else position + (1 + after), band_start, keys)
+    ranges = np.empty((len(tokens), 2, 2), np.int64)
+    ranges[:, 0, 0] = found.first_key
+    ranges[:, 0, 1] = found.first_key + head_stop
+    ranges[:, 1, 0] = found.first_key + band_start
+    ranges[:, 1, 1] = found.first_key + band_stop
+    return ranges
+
+
+def _within(numbers: Int64s | int, least: Int64s | int, most: Int64s | int) -> Int64s:
+    found: Int64s = np.minimum(np.maximum(numbers, least), most)
+    return found
+
+
+def count_keys(ranges: Int64s) -> Int64s:
+    """The keys in the ranges [rows, 2, 2] of each row: [rows]."""
+    lengths = ranges[..., 1] - ranges[..., 0]
+    found: Int64s = lengths[:, 0] + lengths[:, 1]
+    return found
 
 
 def key_positions(problem: Problem, batch: int, tokens: Int64s) -> Int64s:
@@ -81,15 +95,15 @@ def count_attended(problem: Problem) -> tuple[int, int]:
 def _documents_of(problem: Problem, batch: int, tokens: Int64s) -> _Documents:
     """The documents of the query rows `tokens` of a batch entry."""
     given = problem.given
-    query_edges = np.array([0, problem.queries])
-    key_edges = np.array([0, problem.keys if given.seqused_k is None else int(given.seqused_k[batch])])
-    if given.cu_seqlens_q is not None:
-        query_edges = given.cu_seqlens_q
-        key_edges = query_edges if given.cu_seqlens_k is None else given.cu_seqlens_k
+    keys = problem.keys if given.seqused_k is None else int(given.seqused_k[batch])
+    if given.cu_seqlens_q is None:
+        return _Documents(np.asarray(0), np.asarray(keys), tokens + (keys - problem.queries))
+    query_edges = given.cu_seqlens_q
+    key_edges = query_edges if given.cu_seqlens_k is None else given.cu_seqlens_k
     document = np.searchsorted(query_edges, tokens, side="right") - 1  # the last one that begins there: not an empty one
-    keys = key_edges[document + 1] - key_edges[document]
     rows_left = query_edges[document + 1] - tokens
-    return _Documents(key_edges[document], keys, keys - rows_left)
+    in_document = key_edges[document + 1] - key_edges[document]
+    return _Documents(key_edges[document], in_document, in_document - rows_left)
 
 
 class AttendedKeys:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Annotated
 
@@ -25,20 +26,22 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
+from oocattn.threads import count_cores
 from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, AllRowsArrays, Sizes, check_all_rows
 from oocattn.verification.attended import count_attended
+from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
 from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, check_row, recompute_bytes, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
-from oocattn.verification.scan import LEAST_ROWS, Compared
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
 
+MOST_THREADS = 16  # that compare rows: of more, each waits for Python's lock
 MOST_COUNTED = 1 << 23  # rows of one head whose keys are counted one row after the other: about a second
 LEAST_KEYS = 64  # keys of the smallest tile that K and V are streamed in
 STEP_BYTES = 8 << 20
@@ -177,16 +180,17 @@ def _sizes(
 
     key_rows = fit(KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, rows, keys))
     steps = {name: fit(*_steps(readers[name], checksums.rows), readers[name].nbytes) for name, checksums in compared.items()}
-    block_rows = group_rows = 0
+    block_rows = threads = group_rows = 0
     if second is not None:
-        block_rows = fit(second.most_rows, LEAST_ROWS, second.nbytes)
+        block_rows = fit(BLOCK_ROWS, LEAST_ROWS, partial(second.nbytes, threads=1))
+        threads = fit(min(count_cores(), MOST_THREADS), 1, partial(second.nbytes, block_rows))
         group_rows = fit(GROUP_ROWS, 1, lambda rows: one_row + recompute_bytes(problem, dataset, rows, key_rows))
     if max(least) > host_memory:
         raise BudgetError(
             f"{named('host_memory')} {format_bytes(host_memory)} is too small to verify this result: the smallest that "
             f"works is {ceil_div(max(least), 1 << 20)}MiB"
         )
-    return _Sizes(Sizes(block_rows, key_rows, group_rows), steps)
+    return _Sizes(Sizes(block_rows, threads, key_rows, group_rows), steps)
 
 
 def _steps(reader: RowReader, part: int) -> tuple[int, int]:

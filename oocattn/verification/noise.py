@@ -27,7 +27,8 @@ SUSPICIOUS = 6.0
 APPROXIMATE = 2.0**-20  # relative: what matrix units lose besides, which truncate sums and approximate powers of two
 _NO_WEIGHT = 20.0  # below the log-sum-exp, and by the logarithm of the number of keys: such scores weigh nothing
 
-_FIELDS = {"float16": (10, 5), "bfloat16": (7, 8), "float32": (23, 8)}  # bits of the mantissa and of the exponent
+MANTISSA = {"float16": 10, "bfloat16": 7, "float32": 23}
+"""Bits of the mantissa of each dtype, beside the one that is not stored."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,20 @@ def relative_noise(problem: Problem, rows: QueryTerms, keys: KeyTerms) -> Array6
 
 def rounding_variance(out: npt.NDArray[np.generic]) -> Array64:
     """The variance of the errors by which `out` [rows, Dv] is rounded to its dtype, summed over elements: [rows]."""
-    mantissa, exponent = _FIELDS[out.dtype.name]
-    fields = out.view(f"u{out.itemsize}") >> mantissa
-    fields &= (1 << exponent) - 1
+    fields = out.view(f"u{out.itemsize}") >> MANTISSA[out.dtype.name]
+    fields &= (1 << _exponent_bits(out.dtype.name)) - 1
     found: Array64 = _variances(out.dtype.name)[fields].sum(axis=1)
     return found
+
+
+def _exponent_bits(dtype: str) -> int:
+    return 5 if dtype == "float16" else 8
 
 
 @cache
 def _variances(dtype: str) -> Array64:
     """The variance of the rounding error of a number, by the field of its exponent; subnormal numbers have field 0."""
-    fields = np.arange(1 << _FIELDS[dtype][1])
+    fields = np.arange(1 << _exponent_bits(dtype))
     spacing = SMALLEST[dtype] * 2.0 ** (np.maximum(fields, 1) - 1)
     found: Array64 = spacing**2 / 12
     return found
@@ -126,6 +130,10 @@ class Quantiles:
         with np.errstate(divide="ignore"):
             places = np.ceil((np.log2(numbers) - self._LEAST) * self._STEPS)
         self._counts += np.bincount(places.clip(0, len(self._counts) - 1).astype(np.int64), minlength=len(self._counts))
+
+    def merge(self, other: Quantiles) -> None:
+        """Count what another has counted."""
+        self._counts += other._counts
 
     def at(self, share: float) -> float:
         """A number that this share of all is not larger than; 0 where there are none."""

@@ -16,7 +16,7 @@ from oocattn.problem.problem import Problem, make_problem
 class ArrayInMemory:
     """An array [B, H, N] or [B, H, N, D] that keeps the ranges of rows that were read."""
 
-    decode_bytes = 0
+    direct, decode_bytes = True, 0
 
     def __init__(self, data: NDArray[Any]) -> None:
         self._data = data

@@ -16,11 +16,11 @@ from support import Arrays, numpy_type
 from oocattn.problem.second_pass import sign_vectors
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.verification.all_rows import AllRowsArrays, Sizes, check_all_rows
+from oocattn.verification.blocks import Compared
 from oocattn.verification.findings import AllRows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
-from oocattn.verification.scan import Compared
 
-SIZES = Sizes(block_rows=100, key_rows=90, group_rows=64)
+SIZES = Sizes(block_rows=100, threads=2, key_rows=90, group_rows=64)
 SEED = 3
 
 
@@ -31,6 +31,9 @@ class StoredInMemory:
 
     def __init__(self, data: NDArray[Any]) -> None:
         self._data, self.shape, self.dtype = data, data.shape, data.dtype
+
+    def nbytes(self, rows: int) -> int:
+        return 0
 
     def read(self, batch: int, head: int, start: int, out: NDArray[Any]) -> None:
         out[...] = self._data[batch, head, start : start + len(out)]
@@ -58,15 +61,17 @@ class Attended:
 
     def judge(self, given: AllRowsArrays | None = None, **options: Any) -> AllRows:
         """What `check_all_rows` finds with a right second pass; `out` is rounded to the dtype of the inputs."""
-        problem = problem_of(self.arrays, self.bias, **self.asked)
-        passed = second_pass(self.arrays, self.lse, SEED, key_bias=self.bias, **self.asked)
-        stored = self.out.astype(numpy_type(problem.out_dtype)), self.lse
-        result, second = ({"out": StoredInMemory(out), "lse": StoredInMemory(lse)} for out, lse in (stored, passed))
-        rounds, dataset = self.rounds_weights, dataset_of(self.arrays, self.bias)
-        compared: Any = Compared(problem, dataset, result, second, SEED, rounds, False)  # type: ignore[arg-type]
+        compared = self.beside(*second_pass(self.arrays, self.lse, SEED, key_bias=self.bias, **self.asked))
         about = AllRowsArrays(None, "", SEED, "numpy", True, False)  # type: ignore[arg-type]  # its arrays are read already
-        roundoff = UNIT_ROUNDOFF[problem.dtype if rounds else "float32"]
+        roundoff = UNIT_ROUNDOFF[compared.problem.dtype if self.rounds_weights else "float32"]
         return check_all_rows(compared, about, replace(SIZES, **options), roundoff)
+
+    def beside(self, out: NDArray[np.float32], lse: NDArray[np.float32]) -> Compared:
+        """Beside `out` and lse of a second pass; that of the result is rounded to the dtype of the inputs."""
+        problem, dataset = problem_of(self.arrays, self.bias, **self.asked), dataset_of(self.arrays, self.bias)
+        arrays = (self.out.astype(numpy_type(problem.out_dtype)), self.lse), (out, lse)
+        readers: Any = [{"out": StoredInMemory(out), "lse": StoredInMemory(lse)} for out, lse in arrays]
+        return Compared(problem, dataset, *readers, SEED, self.rounds_weights, False)
 
 
 def attend32(arrays: Arrays, rounds_weights: bool = False, **asked: Any) -> Attended:

@@ -111,6 +111,19 @@ def test_a_part_that_is_missing_is_wrong_from_its_first_row_on(result: Path, pas
     assert found.suspected <= 96  # the other half of its head is readable, and right
 
 
+def test_several_threads_find_what_one_does(result: Path, passed: AllRowsArrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a part that cannot be read, and rows of NaN."""
+    spoil(result, 2, 191)
+    zarr.open_group(result, mode="r+")["out"][0, 0, 3:6] = np.nan
+    sorted((result / "lse").glob("c.0.1.*"))[1].unlink()
+    found = []
+    for cores in (1, 2, 7):
+        monkeypatch.setattr("oocattn.verification.certify.count_cores", lambda cores=cores: cores)
+        found.append(str(certify_all(result, passed)))
+    assert found[0] == found[1] == found[2]
+    assert "WRONG" in found[0]
+
+
 def test_more_that_differ_than_are_recomputed_leave_it_inconclusive(
     result: Path, finished: tuple[Path, AllRowsArrays], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

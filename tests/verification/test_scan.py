@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from second_passes import Attended, attend32, attend64
+from second_passes import Attended, StoredInMemory, attend32, attend64
 from support import Arrays, normal_arrays, numpy_type
 
+from oocattn import IntegrityError
 from oocattn.verification.findings import AllRows
 from oocattn.verification.noise import SUSPICIOUS
+from oocattn.verification.scan import find_differences
 
 DTYPES = ["float16", "bfloat16", "float32"]
 ERRORS = {"float16": 0.01, "bfloat16": 0.03, "float32": 1e-4}
@@ -166,6 +170,31 @@ def test_rows_that_should_not_be_finite_are_recomputed_after_those_that_differ(m
     assert wrong_rows(found) == {(1, 4), (1, 290)}
 
 
+def test_rows_that_cannot_be_read_are_recomputed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = unit_arrays("float16")
+    v[0, 0, 280, 3] = np.nan
+    exact, read = attend64((q, k, v), causal=True), StoredInMemory.read
+
+    def fail(self: StoredInMemory, batch: int, head: int, start: int, out: Any) -> None:
+        if start + len(out) > 290 and out.dtype == np.float16:
+            raise IntegrityError("damaged")
+        read(self, batch, head, start, out)
+
+    monkeypatch.setattr(StoredInMemory, "read", fail)
+    monkeypatch.setattr("oocattn.verification.all_rows.MOST_RECOMPUTED", 15)
+    found = exact.judge(block_rows=10)
+    assert (found.suspected, found.recomputed) == (40, 15)
+    assert wrong_rows(found) == {*((0, row) for row in range(290, 300)), *((1, row) for row in range(290, 295))}
+
+
+def test_rows_without_a_key_are_left_out_of_the_noise() -> None:
+    """Here most of the rows, of which a learnable sink says the log-sum-exp."""
+    asked = {"learnable_sink": [1.0, -1.0], "cu_seqlens_q": [0, 200, 300], "cu_seqlens_k": [0, 0, 300]}
+    found = attend32(unit_arrays("float16"), **asked).judge()
+    assert found.suspected == 0
+    assert found.noise > 1e-4
+
+
 @pytest.mark.parametrize("options", [{"block_rows": 7}, {"key_rows": 11}, {"group_rows": 1}, {"block_rows": 4096}])
 def test_findings_do_not_depend_on_what_is_held_at_a_time(right: Attended, options: dict[str, int]) -> None:
     spoilt = right.spoilt(0, 0, out=2.0).spoilt(1, 299, out=2.0).spoilt(1, 8, lse=0.0)
@@ -173,3 +202,45 @@ def test_findings_do_not_depend_on_what_is_held_at_a_time(right: Attended, optio
     assert wrong_rows(found) == wrong_rows(expected) == {(0, 0), (1, 299), (1, 8)}
     assert found.worst == pytest.approx(expected.worst)
     assert (found.noise, found.most_noise, found.lse_noise) == (expected.noise, expected.most_noise, expected.lse_noise)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_findings_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, with rows of NaN, with biases, and where blocks that begin first end last."""
+    q, k, v = unit_arrays("float16")
+    v[0, 0, 280, 3] = np.nan
+    bias = np.random.default_rng(0).standard_normal((1, 2, 300), np.float32)
+    bias[:, 0, :20] = -np.inf
+    spoilt = attend64((q, k, v), bias, causal=True).spoilt(0, 30, out=2.0).spoilt(1, 250, out=2.0).spoilt(1, 8, lse=0.0)
+    expected = spoilt.judge(threads=1, block_rows=40)
+    read = StoredInMemory.read
+
+    def read_slowly(self: StoredInMemory, batch: int, head: int, start: int, out: Any) -> None:
+        time.sleep((300 - start) / 1e5)
+        read(self, batch, head, start, out)
+
+    monkeypatch.setattr(StoredInMemory, "read", read_slowly)
+    assert spoilt.judge(threads=threads, block_rows=40) == expected
+    assert wrong_rows(expected) == {(0, 30), (1, 250), (1, 8)}
+    assert expected.suspected == 43
+
+
+def test_memory_of_several_threads_is_counted() -> None:
+    """With all that may be asked of scores and masks, and where every row is suspected."""
+    tokens = 20_000
+    arrays = unit_arrays("float32", tokens, head_dim=24)
+    bias = np.zeros((1, 2, tokens), np.float32)
+    bias[0, :, 5] = -np.inf
+    edges = [0, 30, 30, 9000, tokens]
+    asked = {"alibi_slopes": [0.5, 1.0], "learnable_sink": [0.0, 1.0], "cu_seqlens_q": edges, "window_size": (99, 0)}
+    out, lse = np.full((1, 2, tokens, 24), 3.0, np.float32), np.ones((1, 2, tokens), np.float32)
+    compared = Attended(arrays, asked, out, lse, bias).beside(out[..., :8], lse)
+    for rows, threads in ((64, 1), (64, 4), (1000, 3), (tokens, 1), (tokens, 2)):
+        tracemalloc.start()
+        try:
+            found = find_differences(compared, rows, threads, 100)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert found.suspected == 2 * tokens
+        assert peak <= compared.nbytes(rows, threads) + (1 << 20)  # and what does not grow, of threads and calls
