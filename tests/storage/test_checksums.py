@@ -69,8 +69,8 @@ def written(folder: Path, dtype: str = "float16", **storage: Any) -> tuple[RowRe
 def test_the_same_elements_are_as_they_were_written(tmp_path: Path, dtype: str, storage: dict[str, Any]) -> None:
     reader, recorded, _ = written(tmp_path, dtype, **storage)
     assert len(recorded) == 18
-    for step in (1, 8, 1000):
-        assert list(find_damage(reader, recorded, step)) == []
+    for step, threads in ((1, 1), (8, 1), (8, 3), (1000, 3)):
+        assert list(find_damage(reader, recorded, step, threads)) == []
 
 
 def test_a_part_that_changed_is_named(tmp_path: Path) -> None:
@@ -80,6 +80,20 @@ def test_a_part_that_changed_is_named(tmp_path: Path) -> None:
     assert (found.array, found.batch, found.head, found.start, found.stop) == ("out", 1, 2, 40, 50)
     assert recorded[17] in found.reason
     assert str(found).startswith("out, batch 1, head 2, tokens 40 to 49: checksum ")
+
+
+def test_several_threads_name_damaged_parts_in_their_order(tmp_path: Path) -> None:
+    reader, recorded, data = written(tmp_path)
+    array = zarr.open_array(tmp_path / "a.zarr", mode="r+")
+    array[0, :, 10:30] = data[0, :, 10:30] + 1
+    (tmp_path / "a.zarr" / "c" / "1" / "0" / "1" / "0").unlink()
+    expected = list(find_damage(reader, recorded, 7))
+    assert [(found.batch, found.head, found.start) for found in expected] == [
+        *((0, head, start) for head in range(3) for start in (0, 20)),
+        (1, 0, 20),
+    ]
+    for threads in (2, 9):
+        assert list(find_damage(reader, recorded, 7, threads)) == expected
 
 
 @pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-2])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from oocattn.storage.inputs.zarr_source import MOST_FILES
 from oocattn.storage.layout import ChunkFiles, obstacles, stored_bytes
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.results.checksums import Checksums, as_digits
+from oocattn.threads import ThreadPool, map_in_order
 from oocattn.units import ceil_div
 
 
@@ -94,22 +96,35 @@ def checksum(rows: NDArray[Any], before: int = 0) -> int:
     return zlib.crc32(words.view(np.uint8).data, before)
 
 
-def find_damage(reader: RowReader, recorded: Checksums, step: int) -> Iterator[Damage]:
-    """Find the damaged parts of an array, read `step` rows at a time. Raises OSError as the file system does."""
+def find_damage(reader: RowReader, recorded: Checksums, step: int, threads: int = 1) -> Iterator[Damage]:
+    """Find the damaged parts of an array, in order, with threads that each read `step` rows at a time.
+
+    Raises OSError as the file system does.
+    """
     batches, heads, tokens, *row = reader.shape
-    buffer = np.empty((min(step, recorded.rows, tokens), *row), reader.dtype)
-    places = itertools.product(range(batches), range(heads), range(0, tokens, recorded.rows))
-    for part, (batch, head, start) in enumerate(places):
+    rows, of_thread = min(step, recorded.rows, tokens), threading.local()
+
+    def check(part: int, batch: int, head: int, start: int) -> Damage | None:
+        if not hasattr(of_thread, "buffer"):
+            of_thread.buffer = np.empty((rows, *row), reader.dtype)
         stop = min(start + recorded.rows, tokens)
-        found, reason = 0, ""
-        try:
-            for low in range(start, stop, len(buffer)):
-                rows = buffer[: min(stop - low, len(buffer))]
-                reader.read(batch, head, low, rows)
-                found = checksum(rows, found)
-            if as_digits(found) != recorded[part]:
-                reason = f"checksum {as_digits(found)}, written with {recorded[part]}"
-        except IntegrityError as error:
-            reason = str(error)
-        if reason:
-            yield Damage(reader.name, batch, head, start, stop, reason)
+        reason = _compare_part(reader, of_thread.buffer, (batch, head), range(start, stop), recorded[part])
+        return Damage(reader.name, batch, head, start, stop, reason) if reason else None
+
+    places = itertools.product(range(batches), range(heads), range(0, tokens, recorded.rows))
+    parts = ((part, *place) for part, place in enumerate(places))
+    with ThreadPool(threads, "oocattn-checksum") as pool:
+        yield from filter(None, map_in_order(pool, check, parts, 2 * threads))
+
+
+def _compare_part(reader: RowReader, buffer: NDArray[Any], head: tuple[int, int], tokens: range, expected: str) -> str:
+    """How the tokens of a head (batch entry, head) are not as they were written; "" if they are."""
+    found = 0
+    try:
+        for low in tokens[:: len(buffer)]:
+            rows = buffer[: min(tokens.stop - low, len(buffer))]
+            reader.read(*head, low, rows)
+            found = checksum(rows, found)
+    except IntegrityError as error:
+        return str(error)
+    return "" if as_digits(found) == expected else f"checksum {as_digits(found)}, written with {expected}"
