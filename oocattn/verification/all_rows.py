@@ -19,7 +19,7 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.rows import RowReader
 from oocattn.verification.blocks import Compared
 from oocattn.verification.findings import AllRows, RowCheck
-from oocattn.verification.recompute import check_row, recompute_places
+from oocattn.verification.recompute import Tiles, check_row, recompute_places
 from oocattn.verification.sampling import SampledRow
 from oocattn.verification.scan import find_differences
 
@@ -68,8 +68,7 @@ class Sizes:
 
     block_rows: int
     threads: int
-    key_rows: int
-    group_rows: int
+    recomputed: Tiles
 
 
 def check_all_rows(given: Compared, about: AllRowsArrays, sizes: Sizes, weight_roundoff: float) -> AllRows:
@@ -83,7 +82,7 @@ def check_all_rows(given: Compared, about: AllRowsArrays, sizes: Sizes, weight_r
     places = [_place_of(problem, row) for row in differences.worst_rows.tolist()]
     wrong: list[RowCheck] = []
     wrong_rows = 0
-    for exact in recompute_places(problem, given.dataset, places, sizes.key_rows, sizes.group_rows, weight_roundoff):
+    for exact in recompute_places(problem, given.dataset, places, sizes.recomputed, weight_roundoff):
         found = check_row(problem, exact, given.result)
         if not found.passed:
             wrong_rows += 1

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from operator import attrgetter
 from typing import Annotated
 
-from oocattn.errors import BudgetError, IntegrityError, OocattnError
-from oocattn.naming import named
+from oocattn.errors import IntegrityError, OocattnError
 from oocattn.problem.arrays import ArrayName, weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
@@ -23,35 +20,24 @@ from oocattn.storage.inputs.opening import InputsLike, open_again
 from oocattn.storage.paths import CERTIFICATE, CERTIFICATE_PAGE, REPORT, ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.checksums import Checksums, read_bits, result_digest
+from oocattn.storage.results.checksums import ArrayBits, read_bits, result_digest
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
-from oocattn.threads import count_cores
-from oocattn.units import ceil_div, format_bytes
-from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, AllRowsArrays, Sizes, check_all_rows
+from oocattn.verification.all_rows import AllRowsArrays, check_all_rows
 from oocattn.verification.attended import count_attended
-from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared
+from oocattn.verification.blocks import Compared
+from oocattn.verification.budget import Fitted, Step, fit
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
-from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, check_row, recompute_bytes, recompute_rows
+from oocattn.verification.recompute import check_row, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
 
-MOST_THREADS = 16  # that compare rows: of more, each waits for Python's lock
 MOST_COUNTED = 1 << 23  # rows of one head whose keys are counted one row after the other: about a second
-LEAST_KEYS = 64  # keys of the smallest tile that K and V are streamed in
-STEP_BYTES = 8 << 20
-"""Read at a time for a checksum where chunks are plain files, at most: it stays in the processor's cache. Else a part is."""
-
-LEAST_STEP_BYTES = 64 << 10  # the same, at least: below it, calls take longer than bytes
-BASE_BYTES = 4 << 20  # for what does not grow with tiles and steps: Zarr's and Python's own
-ROW_BYTES = 8 << 10  # for a row in the sample, in the certificate and on its page
-PLACE_BYTES = 1 << 10  # for a suspected row, while it waits to be recomputed
-PART_BYTES = 128  # for the checksum of a part, as it is read and parsed
 
 
 @dataclass(frozen=True)
@@ -84,40 +70,101 @@ def certify(
 
     `all_rows` is what a second pass over its pairs left: then every row is compared with that.
     """
-    recorded, identity = ResultAttributes.read(paths), paths.identity()
-    problem, place = recorded.problem, recorded.dataset
-    opened = open_again(place, problem, "result", inputs, storage_options)
-    fingerprint, readers = fingerprint_like(opened, place, str(paths.result)), _readers(problem, arrays, paths)
-    bits = read_bits(paths.result)
-    compared = {name: array.checksums for name, array in bits.items() if checksums and array.checksums is not None}
-    second = None if all_rows is None else all_rows.beside(problem, opened, readers, recorded.plan.rounds_weights)
-    sizes = _sizes(problem, opened, readers, compared, rows, host_memory, second)
-    roundoff = UNIT_ROUNDOFF[weights_dtype(problem.dtype, recorded.plan.rounds_weights)]
-    options = {"rows": rows, "seed": seed, "key_rows": sizes.of_rows.key_rows}
-    exact = recompute_rows(problem, opened, borders=recorded.borders, weight_roundoff=roundoff, **options)
-    certificate = Certificate(
-        str(paths.result),
-        opened.location,
-        problem,
-        str(problem),
-        rows,
-        seed,
-        rows=tuple(sorted((check_row(problem, row, readers) for row in exact), key=attrgetter("batch", "head", "token"))),
-        arrays=tuple(_check_array(readers[name], bits[name].checksums, sizes.steps.get(name)) for name in bits),
-        digest=result_digest(bits),
-        ledger=_ledger(problem, paths),
-        dataset_recorded=place.fingerprint,
-        dataset_found=fingerprint,
-        computed_with=recorded.versions,
-        verified_with=versions(),
-        made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        tensors=opened.origins,
-        plan=recorded.plan,
-        all_rows=check_all_rows(second, all_rows, sizes.of_rows, roundoff) if second and all_rows else None,
-    )
-    if (ResultAttributes.read(paths), paths.identity()) != (recorded, identity):
-        raise IntegrityError(f"{paths.result} was replaced while it was verified: verify it again")
+    result = _Result.open(paths, arrays, inputs, storage_options)
+    second = None if all_rows is None else result.beside(all_rows)
+    fitted = result.fit(rows, second, host_memory, checksums)
+    certificate = result.examine(rows, seed, fitted)
+    if all_rows is not None and second is not None and fitted.all_rows is not None:
+        found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff)
+        certificate = replace(certificate, all_rows=found)
+    result.require_same()
     return _write_certificate(certificate, paths)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A finished result, its inputs, and what it records of itself, as they were when they were opened."""
+
+    paths: ResultPaths
+    recorded: ResultAttributes
+    identity: str | None
+    dataset: Dataset
+    fingerprint: str
+    readers: Mapping[str, RowReader]
+    bits: Mapping[str, ArrayBits]
+
+    @classmethod
+    def open(
+        cls, paths: ResultPaths, arrays: ResultArrays, inputs: InputsLike | None, storage_options: StorageOptions | None
+    ) -> _Result:
+        recorded, identity = ResultAttributes.read(paths), paths.identity()
+        dataset = open_again(recorded.dataset, recorded.problem, "result", inputs, storage_options)
+        fingerprint = fingerprint_like(dataset, recorded.dataset, str(paths.result))
+        readers = _readers(recorded.problem, arrays, paths)
+        return cls(paths, recorded, identity, dataset, fingerprint, readers, read_bits(paths.result))
+
+    @property
+    def weight_roundoff(self) -> float:
+        """That of the dtype to which its kernel rounds softmax weights."""
+        return UNIT_ROUNDOFF[weights_dtype(self.recorded.problem.dtype, self.recorded.plan.rounds_weights)]
+
+    def beside(self, all_rows: AllRowsArrays) -> Compared:
+        """It and a second pass. Raises IntegrityError where that is none over such a result."""
+        return all_rows.beside(self.recorded.problem, self.dataset, self.readers, self.recorded.plan.rounds_weights)
+
+    def fit(self, rows: int, second: Compared | None, host_memory: int, checksums: bool) -> Fitted:
+        """What to hold at a time, to examine it and to compare it with a second pass. Raises BudgetError."""
+        compared = {name: bits.checksums for name, bits in self.bits.items() if checksums and bits.checksums is not None}
+        return fit(self.recorded.problem, self.dataset, self.readers, compared, rows, second, host_memory)
+
+    def examine(self, rows: int, seed: int, fitted: Fitted) -> Certificate:
+        """What a sample of rows, checksums and the report beside it show."""
+        recorded, problem = self.recorded, self.recorded.problem
+        exact = recompute_rows(
+            problem,
+            self.dataset,
+            borders=recorded.borders,
+            rows=rows,
+            seed=seed,
+            key_rows=fitted.sample.keys,
+            threads=fitted.sample.threads,
+            weight_roundoff=self.weight_roundoff,
+        )
+        checks = [check_row(problem, row, self.readers) for row in exact]
+        return Certificate(
+            str(self.paths.result),
+            self.dataset.location,
+            problem,
+            str(problem),
+            rows,
+            seed,
+            rows=tuple(sorted(checks, key=attrgetter("batch", "head", "token"))),
+            arrays=tuple(self._check_array(name, fitted.steps.get(name)) for name in self.bits),
+            digest=result_digest(self.bits),
+            ledger=_ledger(problem, self.paths),
+            dataset_recorded=recorded.dataset.fingerprint,
+            dataset_found=self.fingerprint,
+            computed_with=recorded.versions,
+            verified_with=versions(),
+            made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            tensors=self.dataset.origins,
+            plan=recorded.plan,
+        )
+
+    def _check_array(self, name: str, step: Step | None) -> ArrayCheck:
+        """The check of the checksums of an array, unless it has none, or they are not asked for."""
+        recorded = self.bits[name].checksums
+        if recorded is None:
+            return ArrayCheck(name, "not recorded", 0, ())
+        if step is None:
+            return ArrayCheck(name, "not checked", len(recorded), ())
+        damaged = find_damage(self.readers[name], recorded, step.rows, step.threads)
+        return ArrayCheck(name, "checked", len(recorded), tuple(damaged))
+
+    def require_same(self) -> None:
+        """Raise IntegrityError where another result is there now."""
+        if (ResultAttributes.read(self.paths), self.paths.identity()) != (self.recorded, self.identity):
+            raise IntegrityError(f"{self.paths.result} was replaced while it was verified: verify it again")
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
@@ -145,67 +192,6 @@ def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict
                 f"{list(expected[name][0])}, as its attributes say"
             )
     return {name: RowReader(name, array, str(paths.result)) for name, array in arrays.by_name.items()}
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """What is read at a time: of rows, and of each array for checksums."""
-
-    of_rows: Sizes
-    steps: Mapping[str, int]
-
-
-def _sizes(
-    problem: Problem,
-    dataset: Dataset,
-    readers: Mapping[str, RowReader],
-    compared: Mapping[str, Checksums],
-    rows: int,
-    host_memory: int,
-    second: Compared | None,
-) -> _Sizes:
-    """What to read at a time within the budget. Raises BudgetError where the least does not fit."""
-    rows = min(rows, problem.rows)
-    always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(checksums) for checksums in compared.values())
-    always += ROW_BYTES * MOST_KEPT + PLACE_BYTES * MOST_RECOMPUTED if second is not None else 0
-    one_row = max(reader.nbytes(1) for reader in readers.values())
-    least: list[int] = []
-
-    def fit(most: int, fewest: int, nbytes: Callable[[int], int]) -> int:
-        size = most
-        while size > fewest and always + nbytes(size) > host_memory:
-            size = max(size // 2, fewest)
-        least.append(always + nbytes(size))
-        return size
-
-    key_rows = fit(KEY_ROWS, LEAST_KEYS, lambda keys: one_row + recompute_bytes(problem, dataset, rows, keys))
-    steps = {name: fit(*_steps(readers[name], checksums.rows), readers[name].nbytes) for name, checksums in compared.items()}
-    block_rows = threads = group_rows = 0
-    if second is not None:
-        block_rows = fit(BLOCK_ROWS, LEAST_ROWS, partial(second.nbytes, threads=1))
-        threads = fit(min(count_cores(), MOST_THREADS), 1, partial(second.nbytes, block_rows))
-        group_rows = fit(GROUP_ROWS, 1, lambda rows: one_row + recompute_bytes(problem, dataset, rows, key_rows))
-    if max(least) > host_memory:
-        raise BudgetError(
-            f"{named('host_memory')} {format_bytes(host_memory)} is too small to verify this result: the smallest that "
-            f"works is {ceil_div(max(least), 1 << 20)}MiB"
-        )
-    return _Sizes(Sizes(block_rows, threads, key_rows, group_rows), steps)
-
-
-def _steps(reader: RowReader, part: int) -> tuple[int, int]:
-    """The most and the fewest rows to read at a time of an array whose parts have `part` rows."""
-    row = math.prod(reader.shape[3:]) * reader.dtype.itemsize
-    most = min(part, reader.shape[2], max(1, STEP_BYTES // row) if reader.mapped else part)
-    return most, min(most, max(1, LEAST_STEP_BYTES // row))
-
-
-def _check_array(reader: RowReader, recorded: Checksums | None, step: int | None) -> ArrayCheck:
-    if recorded is None:
-        return ArrayCheck(reader.name, "not recorded", 0, ())
-    if step is None:
-        return ArrayCheck(reader.name, "not checked", len(recorded), ())
-    return ArrayCheck(reader.name, "checked", len(recorded), tuple(find_damage(reader, recorded, step)))
 
 
 def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:

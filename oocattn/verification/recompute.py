@@ -16,10 +16,12 @@ from typing import Literal
 import numpy as np
 
 from oocattn.errors import IntegrityError
+from oocattn.plain_threads import plain_threads
 from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.rows import RowReader
+from oocattn.threads import map_in_order
 from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.repeats import slots_for
@@ -32,6 +34,15 @@ KEY_ROWS = 8192
 
 GROUP_ROWS = 256
 """Rows of one head group that are recomputed together, at most; for more of them K and V are read again."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How many keys are attended at a time, by how many rows together, at most, and in how many threads that is done."""
+
+    keys: int
+    rows: int
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -129,34 +140,43 @@ def recompute_rows(
     rows: int,
     seed: int,
     key_rows: int = KEY_ROWS,
+    threads: int = 1,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
 ) -> Iterator[ExactRow]:
     """Recompute the rows of `sample_rows`, as `recompute_places`."""
     places = sample_rows(problem, borders, rows, seed)
-    return recompute_places(problem, dataset, places, key_rows, GROUP_ROWS, weight_roundoff)
+    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads), weight_roundoff)
 
 
 def recompute_places(
-    problem: Problem,
-    dataset: Dataset,
-    places: Iterable[SampledRow],
-    key_rows: int,
-    group_rows: int,
-    weight_roundoff: float,
+    problem: Problem, dataset: Dataset, places: Iterable[SampledRow], tiles: Tiles, weight_roundoff: float
 ) -> Iterator[ExactRow]:
-    """Recompute rows in float64, `key_rows` keys and at most `group_rows` rows at a time; those that share keys together.
+    """Recompute rows in float64; those that share keys together, others in other threads.
 
     What is allowed counts softmax weights as rounded to `weight_roundoff`.
     """
+
+    def recompute(batch: int, kv_head: int, members: list[SampledRow], ranges: Int64s) -> list[ExactRow]:
+        read = _Reader(problem, dataset, batch, kv_head, min(tiles.keys, problem.keys))
+        return list(_recompute(problem, read, members, AttendedKeys(ranges), weight_roundoff))
+
+    with plain_threads(tiles.threads, "oocattn-recompute", 1) as pool:
+        for found in map_in_order(pool, recompute, _together(problem, places, tiles.rows), tiles.threads):
+            yield from found
+
+
+def _together(
+    problem: Problem, places: Iterable[SampledRow], most: int
+) -> Iterator[tuple[int, int, list[SampledRow], Int64s]]:
+    """Rows that are recomputed together, at most so many: batch entry, head of keys, rows, and the ranges of their keys."""
     groups = defaultdict(list)
     for place in places:
         groups[place.batch, query_head(problem, place) // (problem.query_heads // problem.kv_heads)].append(place)
     for (batch, kv_head), members in groups.items():
         members.sort(key=attrgetter("token", "head"))
         ranges = attended_ranges(problem, batch, query_tokens(problem, members))
-        for part in groups_of(ranges, group_rows):
-            read = _Reader(problem, dataset, batch, kv_head, min(key_rows, problem.keys))
-            yield from _recompute(problem, read, members[part], AttendedKeys(ranges[part]), weight_roundoff)
+        for part in groups_of(ranges, most):
+            yield batch, kv_head, members[part], ranges[part]
 
 
 def query_head(problem: Problem, place: SampledRow) -> int:

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from oocattn.verification.products import multiply, weigh
 from oocattn.verification.repeats import Repeats
 
 Array64 = npt.NDArray[np.float64]
@@ -96,8 +97,8 @@ class _Moments:
 
     def add(self, weights: Array64, value: Array64, squares: Array64) -> None:
         self.total += weights.sum(axis=1)
-        self.square += weights @ squares
-        self.vector += weights @ value
+        self.square += np.vecdot(weights, squares)
+        self.vector += weigh(weights, value)
 
     def about(self, out: Array64) -> Array64:
         """The sum of x_j |v_j - out|^2."""
@@ -145,9 +146,9 @@ class RoundingErrors:
         error, variance, sizes = self._errors, self._variances, self._scratch = [
             buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
         ]
-        np.matmul(self._sizes_of_query, np.abs(key, out=key).T, out=sizes)
+        multiply(self._sizes_of_query, np.abs(key, out=key), out=sizes)
         sizes *= self._scale
-        np.matmul(self._squares_of_query, np.multiply(key, key, out=key).T, out=variance)
+        multiply(self._squares_of_query, np.multiply(key, key, out=key), out=variance)
         np.abs(scores, out=error)
         masked = ~(np.isfinite(error) & np.isfinite(sizes))
         self._hidden = np.broadcast_to(False, scores.shape) if hidden is None else hidden
@@ -244,7 +245,7 @@ class RoundingErrors:
         self._systematic.scale(kept)
         for moments in filter(None, (self._random, self._partials, self._rounded)):
             moments.scale(kept * kept)
-        self._repeated += weights @ (self._coherence > 2 * REPEATED)
+        self._repeated += np.vecdot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
         error, variance, scratch = self._errors, self._variances, self._scratch
         error += scores
         error -= shift[:, None]
@@ -262,13 +263,13 @@ class RoundingErrors:
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
         """Take the values [n, Dv], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
         squares = lengths * lengths
-        self._square_of_values += weights @ squares
+        self._square_of_values += np.vecdot(weights, squares)
         self._systematic.add(self._errors, value, squares)
         self._random.add(self._variances, value, squares)
         if self._rounded is not None:
             self._rounded.add(self._coherence * weights * weights, value, squares)
         self._slope += self._scratch.sum(axis=1)
-        self._slope_vector += self._scratch @ value
+        self._slope_vector += weigh(self._scratch, value)
         attended = self._scratch  # used up
         np.copyto(attended, lengths)
         if hidden is not None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from oocattn.problem.problem import Problem
 from oocattn.verification.attended import AttendedKeys, Int64s
+from oocattn.verification.products import multiply, weigh
 from oocattn.verification.rounding import RoundingErrors
 
 Array64 = npt.NDArray[np.float64]
@@ -65,7 +66,7 @@ class Softmax:
     def weigh(self, key: Array64, start: int, bias: Array64 | None) -> None:
         """Attend the keys [n, D] from `start` on, with a bias [rows or 1, n]: the scores become weights."""
         scores, weights = self._views(len(key))
-        np.matmul(self._rows.query, key.T, out=scores)
+        multiply(self._rows.query, key, out=scores)
         scores *= self._problem.scale
         hidden = self._attended.hidden(start, start + len(key))
         self._rounding.see_products(key, scores, hidden)
@@ -113,12 +114,12 @@ class Softmax:
             values = np.where(special[of_special], value[of_special], 0.0)
             for row in range(len(weights)):
                 met = slice(None) if hidden is None else ~hidden[row, of_special]
-                self._special[row] += weights[row, of_special][met] @ values[met]
+                self._special[row] += weigh(weights[row : row + 1, of_special][:, met], values[met])[0]
             value[special] = 0.0
         lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
         for keys, ends in self._steps(len(value)):
-            self._num += weights[:, keys] @ value[keys]
-            self._size += weights[:, keys] @ lengths[keys]
+            self._num += weigh(weights[:, keys], value[keys])
+            self._size += np.vecdot(weights[:, keys], lengths[keys])
             self._passed += weights[:, keys].sum(axis=1)
             if ends:
                 self._take_partial_sum(start + keys.stop)

@@ -18,9 +18,10 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.verification.all_rows import AllRowsArrays, Sizes, check_all_rows
 from oocattn.verification.blocks import Compared
 from oocattn.verification.findings import AllRows
+from oocattn.verification.recompute import Tiles
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 
-SIZES = Sizes(block_rows=100, threads=2, key_rows=90, group_rows=64)
+SIZES = {"block_rows": 100, "threads": 2, "key_rows": 90, "group_rows": 64}
 SEED = 3
 
 
@@ -59,12 +60,14 @@ class Attended:
             lses[0, head, row] = lse
         return replace(self, out=outs, lse=lses)
 
-    def judge(self, given: AllRowsArrays | None = None, **options: Any) -> AllRows:
+    def judge(self, **options: int) -> AllRows:
         """What `check_all_rows` finds with a right second pass; `out` is rounded to the dtype of the inputs."""
         compared = self.beside(*second_pass(self.arrays, self.lse, SEED, key_bias=self.bias, **self.asked))
         about = AllRowsArrays(None, "", SEED, "numpy", True, False)  # type: ignore[arg-type]  # its arrays are read already
         roundoff = UNIT_ROUNDOFF[compared.problem.dtype if self.rounds_weights else "float32"]
-        return check_all_rows(compared, about, replace(SIZES, **options), roundoff)
+        sizes = {**SIZES, **options}
+        tiles = Tiles(sizes["key_rows"], sizes["group_rows"], sizes["threads"])
+        return check_all_rows(compared, about, Sizes(sizes["block_rows"], sizes["threads"], tiles), roundoff)
 
     def beside(self, out: NDArray[np.float32], lse: NDArray[np.float32]) -> Compared:
         """Beside `out` and lse of a second pass; that of the result is rounded to the dtype of the inputs."""

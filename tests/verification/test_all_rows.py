@@ -118,7 +118,7 @@ def test_several_threads_find_what_one_does(result: Path, passed: AllRowsArrays,
     sorted((result / "lse").glob("c.0.1.*"))[1].unlink()
     found = []
     for cores in (1, 2, 7):
-        monkeypatch.setattr("oocattn.verification.certify.count_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("oocattn.verification.budget.count_cores", lambda cores=cores: cores)
         found.append(str(certify_all(result, passed)))
     assert found[0] == found[1] == found[2]
     assert "WRONG" in found[0]
@@ -155,10 +155,14 @@ def test_a_pass_over_another_result_is_refused(result: Path, finished: tuple[Pat
         certify_all(result, whole)
 
 
+@pytest.mark.parametrize("cores", [1, 16])
 @pytest.mark.parametrize("compressors", [None, "auto"])
-def test_the_budget_is_kept_with_a_pass(tmp_path: Path, compressors: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_is_kept_with_a_pass(
+    tmp_path: Path, compressors: str | None, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where many rows are recomputed, and where chunks of the pass are decoded."""
     monkeypatch.setattr("oocattn.verification.all_rows.MOST_RECOMPUTED", 20)
+    monkeypatch.setattr("oocattn.verification.budget.count_cores", lambda: cores)
     tokens = 4000
     arrays = normal_arrays(tokens, heads=1, head_dim=256)
     dataset = write_dataset(tmp_path / "dataset.zarr", arrays)
@@ -169,7 +173,7 @@ def test_the_budget_is_kept_with_a_pass(tmp_path: Path, compressors: str | None,
         certify_all(tmp_path / "result.zarr", passed, host_memory=1)
     least = int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB  # type: ignore[index]
     assert least <= 16 * MIB
-    for budget in (least, least + 8 * MIB):
+    for budget in (least, least + 8 * MIB, least + 50 * MIB):
         tracemalloc.start()
         try:
             certificate = certify_all(tmp_path / "result.zarr", passed, host_memory=budget)

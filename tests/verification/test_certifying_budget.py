@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,19 @@ def test_the_budget_is_kept(large: Path, rows: int) -> None:
             (row.head, row.token, row.strata) for row in certificates[-1].rows
         ]
         assert certificate.passed
+
+
+def test_many_threads_keep_the_budget_and_find_the_same(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that fit: the more, the more they hold."""
+    monkeypatch.setattr("oocattn.verification.recompute.GROUP_ROWS", 8)
+    found, peaks = [], []
+    for cores, budget in ((1, 256 * MIB), (16, 256 * MIB), (16, 64 * MIB)):
+        monkeypatch.setattr("oocattn.verification.budget.count_cores", lambda cores=cores: cores)
+        peaks.append(peak_of(lambda given=budget: found.append(oocattn.verify(large, rows=40, host_memory=given))))
+        assert peaks[-1] <= budget
+    assert peaks[1] > 1.5 * peaks[0]
+    assert found[0].passed
+    assert [replace(certificate, made="") for certificate in found[1:]] == [replace(found[0], made="")] * 2
 
 
 def test_compressed_chunks_are_counted(large: Path, tmp_path: Path) -> None:
