@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,10 +17,11 @@ from oocattn.pipelines.existing import result_at
 from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey import Survey, survey_result
-from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
+from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
@@ -28,6 +29,7 @@ from oocattn.storage.paths import ALL_ROWS, LOCKS, SURVEY, ResultLike, ResultPat
 from oocattn.storage.remote.limits import limited
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
+from oocattn.threads import count_cores
 
 if TYPE_CHECKING:  # importing distributed takes a second: only passes do
     from distributed import Client
@@ -104,15 +106,30 @@ def _certify(
     paths: ResultPaths, chosen: Any, host_memory: int | None, proof: Asked | None, carrying_out: _CarryingOut
 ) -> Certificate:
     """Verify a result with what was chosen of `verify`, after a proof of every row where one is asked for."""
-    from oocattn.verification.certify import certify  # `plan` does not need it
+    from oocattn.verification.certify import Beforehand, certify  # `plan` does not need it
 
     found = result_at(paths)
     arrays = ResultArrays(found.out, found.lse)
-    place = paths, arrays, chosen["inputs"], chosen["storage_options"]
-    every = nullcontext() if proof is None else _every_row(place, proof, host_memory, carrying_out)
     budget = default_host_memory() if host_memory is None else host_memory
-    with every as compared, keep_denormals():
-        return certify(paths, arrays, host_memory=budget, all_rows=compared, **chosen)
+    if proof is None:
+        with keep_denormals():
+            return certify(paths, arrays, host_memory=budget, **chosen)
+    place = paths, arrays, chosen["inputs"], chosen["storage_options"]
+    workplace, callbacks, until = carrying_out
+    with closing(Beforehand(paths, arrays, **chosen)) as beforehand:
+
+        def begin(event: Event) -> None:
+            if isinstance(event, Started) and _leaves_cores(event.plan):
+                beforehand.begin(budget - event.plan.peak_host, max(1, count_cores() // 2))
+
+        every = _every_row(place, proof, host_memory, (workplace, [*callbacks, begin], until))
+        with every as compared, keep_denormals():
+            return certify(paths, arrays, host_memory=budget, all_rows=compared, beforehand=beforehand, **chosen)
+
+
+def _leaves_cores(plan: Plan) -> bool:
+    """Whether a pass leaves most cores idle: it is computed by GPUs."""
+    return plan.device == "cuda"
 
 
 @contextmanager

@@ -56,12 +56,17 @@ def fit(
     rows: int,
     second: Compared | None,
     host_memory: int,
+    most_threads: int | None = None,
 ) -> Fitted:
-    """What to hold at a time within the budget. Raises BudgetError where the least does not fit."""
+    """What to hold at a time within the budget, with all cores or `most_threads`.
+
+    Raises BudgetError where the least does not fit.
+    """
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(recorded) for recorded in checksums.values())
     always += ROW_BYTES * MOST_KEPT + PLACE_BYTES * MOST_RECOMPUTED if second is not None else 0
-    sizes, one_row = _Sizes(always, host_memory), max(reader.nbytes(1) for reader in readers.values())
+    cores = min(MOST_THREADS, most_threads or count_cores())
+    sizes, one_row = _Sizes(always, host_memory, cores), max(reader.nbytes(1) for reader in readers.values())
 
     def recomputing(key_rows: int, rows: int, threads: int) -> int:
         return one_row + threads * recompute_bytes(problem, dataset, rows, key_rows)
@@ -80,10 +85,11 @@ def fit(
 
 
 class _Sizes:
-    """Sizes that fit into a budget beside what is `always` held."""
+    """Sizes that fit into a budget beside what is `always` held, and threads for so many cores."""
 
-    def __init__(self, always: int, host_memory: int) -> None:
-        self._always, self._host_memory, self._least = always, host_memory, 0
+    def __init__(self, always: int, host_memory: int, cores: int) -> None:
+        self._always, self._host_memory, self._cores = always, host_memory, cores
+        self._least = 0
 
     def fit(self, most: int, fewest: int, nbytes: Callable[[int], int]) -> int:
         """The largest size of `most`, its half, and so on, that fits, or the `fewest`."""
@@ -95,7 +101,7 @@ class _Sizes:
 
     def fit_threads(self, nbytes: Callable[[int], int]) -> int:
         """The most threads that fit, or one."""
-        return self.fit(min(count_cores(), MOST_THREADS), 1, nbytes)
+        return self.fit(self._cores, 1, nbytes)
 
     def check(self) -> None:
         """Raise BudgetError where something did not fit."""

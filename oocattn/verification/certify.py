@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Annotated
 
-from oocattn.errors import IntegrityError, OocattnError
+from oocattn.denormals import keep_denormals
+from oocattn.errors import BudgetError, IntegrityError, OocattnError
 from oocattn.problem.arrays import ArrayName, weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
@@ -23,6 +29,7 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import ArrayBits, read_bits, result_digest
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
+from oocattn.threads import begin_call
 from oocattn.verification.all_rows import AllRowsArrays, check_all_rows
 from oocattn.verification.attended import count_attended
 from oocattn.verification.blocks import Compared
@@ -65,15 +72,20 @@ def certify(
     checksums: bool,
     storage_options: StorageOptions | None = None,
     all_rows: AllRowsArrays | None = None,
+    beforehand: Beforehand | None = None,
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`.
 
-    `all_rows` is what a second pass over its pairs left: then every row is compared with that.
+    `all_rows` is what a second pass over its pairs left: then every row is compared with that. What was examined
+    `beforehand`, as the same arguments ask, is not examined again.
     """
-    result = _Result.open(paths, arrays, inputs, storage_options)
+    result, certificate = beforehand.found() if beforehand is not None else (None, None)
+    if result is None:
+        result = _Result.open(paths, arrays, inputs, storage_options)
     second = None if all_rows is None else result.beside(all_rows)
     fitted = result.fit(rows, second, host_memory, checksums)
-    certificate = result.examine(rows, seed, fitted)
+    if certificate is None:
+        certificate = result.examine(rows, seed, fitted)
     if all_rows is not None and second is not None and fitted.all_rows is not None:
         found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff)
         certificate = replace(certificate, all_rows=found)
@@ -112,13 +124,15 @@ class _Result:
         """It and a second pass. Raises IntegrityError where that is none over such a result."""
         return all_rows.beside(self.recorded.problem, self.dataset, self.readers, self.recorded.plan.rounds_weights)
 
-    def fit(self, rows: int, second: Compared | None, host_memory: int, checksums: bool) -> Fitted:
+    def fit(
+        self, rows: int, second: Compared | None, host_memory: int, checksums: bool, most_threads: int | None = None
+    ) -> Fitted:
         """What to hold at a time, to examine it and to compare it with a second pass. Raises BudgetError."""
         compared = {name: bits.checksums for name, bits in self.bits.items() if checksums and bits.checksums is not None}
-        return fit(self.recorded.problem, self.dataset, self.readers, compared, rows, second, host_memory)
+        return fit(self.recorded.problem, self.dataset, self.readers, compared, rows, second, host_memory, most_threads)
 
-    def examine(self, rows: int, seed: int, fitted: Fitted) -> Certificate:
-        """What a sample of rows, checksums and the report beside it show."""
+    def examine(self, rows: int, seed: int, fitted: Fitted, stop: threading.Event | None = None) -> Certificate:
+        """What a sample of rows, checksums and the report beside it show. Raises StoppedError when it is to stop."""
         recorded, problem = self.recorded, self.recorded.problem
         exact = recompute_rows(
             problem,
@@ -129,6 +143,7 @@ class _Result:
             key_rows=fitted.sample.keys,
             threads=fitted.sample.threads,
             weight_roundoff=self.weight_roundoff,
+            stop=stop,
         )
         checks = [check_row(problem, row, self.readers) for row in exact]
         return Certificate(
@@ -165,6 +180,52 @@ class _Result:
         """Raise IntegrityError where another result is there now."""
         if (ResultAttributes.read(self.paths), self.paths.identity()) != (self.recorded, self.identity):
             raise IntegrityError(f"{self.paths.result} was replaced while it was verified: verify it again")
+
+
+class Beforehand:
+    """Examines a result in another thread, once at most, while a second pass over it is computed.
+
+    The arguments are those of `certify`.
+    """
+
+    def __init__(
+        self,
+        paths: ResultPaths,
+        arrays: ResultArrays,
+        *,
+        rows: int,
+        seed: int,
+        inputs: InputsLike | None,
+        checksums: bool,
+        storage_options: StorageOptions | None,
+    ) -> None:
+        self._open = partial(_Result.open, paths, arrays, inputs, storage_options)
+        self._rows, self._seed, self._checksums = rows, seed, checksums
+        self._stop, self._context = threading.Event(), copy_context()  # in which requests have a time limit
+        self._begun: Future[_Examined] | None = None
+
+    def begin(self, host_memory: int, most_threads: int) -> None:
+        """Begin, with so many bytes and threads; nothing is done where the bytes are too few."""
+        if self._begun is None:
+            self._begun = begin_call(self._context.run, self._examine, max(0, host_memory), most_threads)
+
+    def found(self) -> _Examined:
+        """The result and what was found, when that is done; None where nothing was done. Raises as `certify`."""
+        return (None, None) if self._begun is None else self._begun.result()
+
+    def close(self) -> None:
+        """Stop: what is found is not needed."""
+        self._stop.set()
+
+    def _examine(self, host_memory: int, most_threads: int) -> _Examined:
+        with suppress(BudgetError), keep_denormals():
+            result = self._open()
+            fitted = result.fit(self._rows, None, host_memory, self._checksums, most_threads)
+            return result, result.examine(self._rows, self._seed, fitted, self._stop)
+        return None, None
+
+
+_Examined = tuple[_Result | None, Certificate | None]
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:

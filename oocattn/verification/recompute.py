@@ -6,6 +6,7 @@ Nothing of a run is reused here: no kernel, no merge, no division; the formula o
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from oocattn.errors import IntegrityError
+from oocattn.errors import IntegrityError, OocattnError
 from oocattn.plain_threads import plain_threads
 from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
@@ -142,23 +143,34 @@ def recompute_rows(
     key_rows: int = KEY_ROWS,
     threads: int = 1,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
+    stop: threading.Event | None = None,
 ) -> Iterator[ExactRow]:
     """Recompute the rows of `sample_rows`, as `recompute_places`."""
     places = sample_rows(problem, borders, rows, seed)
-    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads), weight_roundoff)
+    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads), weight_roundoff, stop)
+
+
+class StoppedError(OocattnError):
+    """Rows are not recomputed any more."""
 
 
 def recompute_places(
-    problem: Problem, dataset: Dataset, places: Iterable[SampledRow], tiles: Tiles, weight_roundoff: float
+    problem: Problem,
+    dataset: Dataset,
+    places: Iterable[SampledRow],
+    tiles: Tiles,
+    weight_roundoff: float,
+    stop: threading.Event | None = None,
 ) -> Iterator[ExactRow]:
     """Recompute rows in float64; those that share keys together, others in other threads.
 
-    What is allowed counts softmax weights as rounded to `weight_roundoff`.
+    What is allowed counts softmax weights as rounded to `weight_roundoff`. Raises StoppedError soon after `stop` is set.
     """
+    stop = stop or threading.Event()
 
     def recompute(batch: int, kv_head: int, members: list[SampledRow], ranges: Int64s) -> list[ExactRow]:
         read = _Reader(problem, dataset, batch, kv_head, min(tiles.keys, problem.keys))
-        return list(_recompute(problem, read, members, AttendedKeys(ranges), weight_roundoff))
+        return list(_recompute(problem, read, members, AttendedKeys(ranges), weight_roundoff, stop))
 
     with plain_threads(tiles.threads, "oocattn-recompute", 1) as pool:
         for found in map_in_order(pool, recompute, _together(problem, places, tiles.rows), tiles.threads):
@@ -239,7 +251,12 @@ class _Reader:
 
 
 def _recompute(
-    problem: Problem, read: _Reader, places: Sequence[SampledRow], attended: AttendedKeys, weight_roundoff: float
+    problem: Problem,
+    read: _Reader,
+    places: Sequence[SampledRow],
+    attended: AttendedKeys,
+    weight_roundoff: float,
+    stop: threading.Event,
 ) -> Iterator[ExactRow]:
     """Each of these rows of one head group in float64."""
     heads = [query_head(problem, place) for place in places]
@@ -249,9 +266,11 @@ def _recompute(
     of_heads = (None if array is None else array[heads].astype(np.float64) for array in (of_entry, sinks))
     softmax = Softmax(problem, Rows(read.query(places), positions, *of_heads), attended, read.key_rows, weight_roundoff)
     with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
-        for start, stop in attended.tiles(read.key_rows):
-            softmax.weigh(read.keys("k", start, stop), start, read.bias(heads, start, stop))
-            softmax.add(read.keys("v", start, stop), start)
+        for first, last in attended.tiles(read.key_rows):
+            if stop.is_set():
+                raise StoppedError("rows are not recomputed any more")
+            softmax.weigh(read.keys("k", first, last), first, read.bias(heads, first, last))
+            softmax.add(read.keys("v", first, last), first)
         found = softmax.sums()
     columns = (found.lse, found.size, found.allowed, found.allowed_lse)
     for place, out, *of_row in zip(places, found.out, *columns, strict=True):
