@@ -17,12 +17,11 @@ from typing import Literal
 import numpy as np
 
 from oocattn.errors import IntegrityError, OocattnError
-from oocattn.plain_threads import plain_threads
 from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.rows import RowReader
-from oocattn.threads import map_in_order
+from oocattn.threads import ThreadPool, map_in_order
 from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.repeats import slots_for
@@ -172,7 +171,7 @@ def recompute_places(
         read = _Reader(problem, dataset, batch, kv_head, min(tiles.keys, problem.keys))
         return list(_recompute(problem, read, members, AttendedKeys(ranges), weight_roundoff, stop))
 
-    with plain_threads(tiles.threads, "oocattn-recompute", 1) as pool:
+    with ThreadPool(tiles.threads, "oocattn-recompute") as pool:
         for found in map_in_order(pool, recompute, _together(problem, places, tiles.rows), tiles.threads):
             yield from found
 
