@@ -20,12 +20,12 @@ SECRET = "hunter2-of-the-bucket"
 
 
 @contextmanager
-def serving_s3() -> Iterator[dict[str, Any]]:
+def serving_s3(host: str = "127.0.0.1") -> Iterator[dict[str, Any]]:
     """Serve one empty bucket from a thread; yield the storage options."""
     server_module = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server = server_module.ThreadedMotoServer(ip_address=host, port=0, verbose=False)
     server.start()
     try:
         host, port = server.get_host_and_port()

@@ -21,7 +21,7 @@ from typing import TypeVar
 from oocattn import clock
 from oocattn.errors import OocattnError, StalledError, TaintedError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.deadline import Deadline
-from oocattn.pipelines.engines.base import Lanes, Outcome
+from oocattn.pipelines.engines.base import Lanes, Outcome, WorkersChangedError
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.run import Run
@@ -59,7 +59,7 @@ class Attempt:
         self._interrupts = interrupts
         self._unfinished: dict[TaskId, Task] = {}
         self._attending = self._attended = 0
-        self._checked = time.monotonic()
+        self._began = self._checked = time.monotonic()
         self._standstill = Standstill(lanes.workers, self._pending, lanes.look, emit, deadline)
         self._dataset_checked = False
         self._pairs_ended: Counter[str] = Counter()  # by worker: of subproblems that have ended
@@ -151,8 +151,9 @@ class Attempt:
         return ended
 
     def _look_at_lanes(self) -> None:
-        """Pass on how far subproblems in flight are."""
+        """Pass on how far subproblems in flight are. Raises WorkersChangedError where the lanes are to be others."""
         self._looked = time.monotonic()
+        self._look_for_changes()
         for worker, lane in self._lanes.progress().items():
             self._standstill.step(worker, clock.now() - lane.stepped)
             in_flight = max(0, lane.pairs - self._pairs_ended[worker])
@@ -162,10 +163,23 @@ class Attempt:
                 self._emit(Progressed(start=now, stop=now, worker=lane.worker, pairs=in_flight))
         self._standstill.note_silent(self._lanes.silent())
 
+    def _look_for_changes(self) -> None:
+        """Raise WorkersChangedError where a worker leaves, or where workers have joined that can be used by now."""
+        leaving = self._lanes.leaving()
+        if leaving:
+            words = f"worker {', '.join(sorted(leaving))} was asked to end, and hands over what it has done"
+            raise WorkersChangedError(words, len(leaving))
+        joined = self._lanes.joined()
+        if joined and self._to_attend > self._attending and time.monotonic() - self._began > self._run.plan.joining_seconds:
+            raise WorkersChangedError(
+                f"{len(joined)} worker{'s' * (len(joined) > 1)} joined: what is left is dealt out again"
+            )
+
     def _finish(self, task: Task, outcome: TaskEvent | BaseException) -> None:
         """Pass on what a task did, or raise its error."""
         if isinstance(outcome, BaseException):
-            self._check_workers()  # a worker that is gone explains it
+            self._look_for_changes()  # a worker that leaves, or is gone, explains it
+            self._check_workers()
             with naming(task.place):
                 raise outcome
         self._standstill.progress(self._lanes.workers[task.lane])

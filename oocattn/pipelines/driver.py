@@ -19,10 +19,10 @@ from functools import partial
 from typing import Any, cast
 
 from oocattn import clock
-from oocattn.errors import OocattnError, TaintedError, TaskError, TimeLimitError, WorkerLostError
+from oocattn.errors import OocattnError, RemoteError, TaintedError, TaskError, TimeLimitError, WorkerLostError
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS, Deadline
-from oocattn.pipelines.engines.base import Engine
+from oocattn.pipelines.engines.base import Engine, WorkersChangedError
 from oocattn.pipelines.failing import insist
 from oocattn.pipelines.finished import (
     FinishedChunk,
@@ -79,7 +79,7 @@ def carry_out(
 
     try:
         lanes = _drive(run, engine, emit, start, interrupts, until)
-        finished = insist(COMMIT, lambda: _all_finished(run))
+        finished = insist(COMMIT, lambda: _all_finished(run, engine))
         _check_pairs(plan, finished)
         insist(COMMIT, lambda: write_sums(run, lambda: interrupts.check(until - MARGIN_SECONDS - clock.now(), SUMMED)))
         seconds, other_bits = clock.now() - start, run.journal.other_bits
@@ -90,7 +90,7 @@ def carry_out(
         insist(COMMIT, lambda: run.state.commit(run.growing))
     except BaseException as error:
         try:
-            emit(_failed(run, error, start))
+            emit(_failed(run, engine, error, start))
         finally:
             if isinstance(error, TaintedError):
                 run.state.discard(run.growing)
@@ -109,13 +109,15 @@ def carry_out(
     return report
 
 
-def _failed(run: Run, error: BaseException, start: float) -> Failed:
+def _failed(run: Run, engine: Engine, error: BaseException, start: float) -> Failed:
     """What ended the run, and what is on disk then: nothing after an error that has it discarded."""
     said = isinstance(error, InterruptedRunError | TimeLimitError)
     words, stopped = str(error) if said else describe_error(error), said or isinstance(error, KeyboardInterrupt)
     found: dict[str, Any] = {}
     with suppress(Exception):  # what ended the run is to be told
         tainted, plan = isinstance(error, TaintedError), run.plan
+        if not isinstance(error, TaintedError | RemoteError):
+            _refresh(run, engine)
         done = NOTHING_COMPLETED if tainted else scan_completed(plan, run.journal, run.paths.scratch).done
         schedule = Schedule(plan, 1, done)
         found = {"done": done, "left": schedule.left, "pairs_left": schedule.pairs_left}
@@ -130,9 +132,10 @@ def _no_space(error: OSError, run: Run) -> OSError:
     return OSError(error.errno, f"{words_of(error)}, then resume", str(run.paths.state))
 
 
-def _all_finished(run: Run) -> dict[ChunkId, FinishedChunk]:
+def _all_finished(run: Run, engine: Engine) -> dict[ChunkId, FinishedChunk]:
     """The records of all chunks. Raises OSError where the journal does not give one of them back."""
     plan = run.plan
+    _refresh(run, engine)
     finished = finished_chunks(plan, run.journal)
     chunks = [chunk for chunk in range(plan.query_chunks) if plan.query_rows(chunk)]
     missing = set(itertools.product(range(plan.problem.head_groups), chunks)) - finished.keys()
@@ -162,7 +165,7 @@ def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: I
     while True:
         # After a partial was found damaged, so are all others looked for.
         thorough = recovered is not None and recovered.recomputed > 0
-        found = insist("the search for finished work", partial(_look, run, thorough))
+        found = insist("the search for finished work", partial(_look, run, engine, thorough))
         schedule = Schedule(run.plan, engine.lane_count, found.done)
         left, pairs = schedule.left, schedule.pairs_left
         limits.note_progress(left - len(found.done.chunks))
@@ -176,22 +179,36 @@ def _drive(run: Run, engine: Engine, emit: Callback, start: float, interrupts: I
             Attempt(run, engine.lanes(run, deadline), schedule, emit, deadline, interrupts).drive()
             return engine.lane_count
         except (DamagedPartialError, TaskError, WorkerLostError) as error:
-            limits.add(error)
-            now = clock.now()
-            counted: dict[str, Any] = {COUNTED_AS[type(error)]: 1}
-            recovered = Recovered(start=now, stop=now, error=str(error), **counted)
-            engine.replenish(lambda: interrupts.check(deadline.seconds_left, WAITED))
+            now, changed = clock.now(), isinstance(error, WorkersChangedError)
+            if not changed:  # else nothing has failed
+                limits.add(error)
+            recovered = Recovered(start=now, stop=now, error=str(error), **_counted(error))
+            engine.replenish(lambda: interrupts.check(deadline.seconds_left, WAITED), replacements=not changed)
             logger.warning("%s; the run continues with the rest", error)
 
 
-def _look(run: Run, thorough: bool) -> ScanResult:
+def _refresh(run: Run, engine: Engine, whole: bool = False) -> None:
+    """Have here what lanes elsewhere have put into the store."""
+    if run.journal.mirror is not None and not engine.in_process:
+        run.journal.mirror.refresh(whole=whole)
+
+
+def _look(run: Run, engine: Engine, thorough: bool) -> ScanResult:
     """What is done; what serves nothing is removed, also what workers left that died while they wrote."""
     run.state.remove_leftovers()
+    _refresh(run, engine, thorough)
     found = scan_completed(run.plan, run.journal, run.paths.scratch, run.result, thorough=thorough)
     files = PartialFiles(run.paths.scratch, run.journal.run, mirror=run.journal.mirror)
     for path in found.useless:
         files.discard(path)
     return found
+
+
+def _counted(error: Failure) -> dict[str, Any]:
+    """What a failure, or a change of workers, counts as."""
+    if isinstance(error, WorkersChangedError):
+        return {"workers_lost": error.leaving}
+    return {COUNTED_AS[type(error)]: 1}
 
 
 class FailureLimits:

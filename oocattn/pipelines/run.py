@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from oocattn.errors import IntegrityError
@@ -106,6 +107,20 @@ class Run:
     def result(self) -> ResultArrays:
         """The arrays of the growing result."""
         return self.growing.arrays
+
+    def elsewhere(self, folder: Path) -> Run:
+        """The run as a worker has it that shares no folder with the driver: job state passes through a new `folder`.
+
+        Raises ValueError where job state is not kept in the store.
+        """
+        from oocattn.storage.results.locking import claim_elsewhere
+
+        if self.journal.mirror is None or self.journal.claim is None:
+            raise ValueError("the job state of the run is not kept in the store: expected one that is")
+        mirror = replace(self.journal.mirror, folder=folder, passing=True)
+        mirror.begin_elsewhere(self.header.result)
+        journal = replace(self.journal, state=folder, claim=claim_elsewhere(self.journal.claim), mirror=mirror)
+        return replace(self, paths=replace(self.paths, state_folder=folder), journal=journal)
 
     @property
     def state(self) -> RunState:

@@ -167,6 +167,14 @@ class Plan(Shown):
         return self.partials == "memory" and self.checkpoint_seconds > 0
 
     @property
+    def joining_seconds(self) -> float:
+        """Seconds after which lanes stop for workers that have joined: as often as a checkpoint would be made.
+
+        Inf where stopping would lose what lanes hold in memory.
+        """
+        return self.checkpoint_seconds / 2 if self.saves or self.partials == "disk" else inf
+
+    @property
     def saving_seconds(self) -> float:
         """Predicted time to save all that lanes hold in memory."""
         held = self.lanes * min(self.accumulators, self.problem.head_groups * self.query_chunks)

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from oocattn.errors import WorkerLostError
 from oocattn.pipelines.failing import naming
 from oocattn.pipelines.graph import Task
 from oocattn.pipelines.watch.events import TaskEvent
@@ -66,6 +67,14 @@ class LaneProgress:
     worker: str
     pairs: int
     stepped: float
+
+
+class WorkersChangedError(WorkerLostError):
+    """Workers are `leaving`, as they were asked to, or others have joined: what is left is dealt out among those there."""
+
+    def __init__(self, words: str, leaving: int = 0) -> None:
+        super().__init__(words)
+        self.leaving = leaving
 
 
 class Lanes(ABC):
@@ -118,6 +127,14 @@ class Lanes(ABC):
     def progress(self) -> Mapping[str, LaneProgress]:
         """What is known of how far lanes are, by worker; at once."""
 
+    def leaving(self) -> Collection[str]:
+        """The workers that have told that they are to end, and begin nothing more."""
+        return ()
+
+    def joined(self) -> Collection[str]:
+        """The workers that were not there when the lanes were made, as `find_lost` has last seen them."""
+        return ()
+
     def silent(self) -> Collection[str]:
         """The workers that have told nothing of themselves for `SILENT_SECONDS`, though they do so all the time."""
         return ()
@@ -144,6 +161,9 @@ class Engine(ABC):
     lane_count = 0
     """Workers that take part."""
 
+    in_process = True
+    """Whether the lanes work in this process, and with its folder of job state."""
+
     @abstractmethod
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
         """Have the workers ready before a run begins; return their arithmetic (`arithmetic_of`).
@@ -152,8 +172,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def replenish(self, check: Check) -> None:
-        """Have the workers ready again after a failure; WorkerLostError if none is left."""
+    def replenish(self, check: Check, *, replacements: bool = True) -> None:
+        """Have the workers ready again after a failure, or a change of them; WorkerLostError if none is left.
+
+        With `replacements` it waits a while for those of workers that are gone.
+        """
 
     def show(self, record: Callable[[], dict[str, Any]]) -> AbstractContextManager[None]:
         """Have a run watched while inside, in the dashboard, where there is one: `record` tells how far it is."""

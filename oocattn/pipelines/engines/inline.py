@@ -59,7 +59,7 @@ class InlineEngine(Engine):
         self.lane_count = len(self._devices)
         return arithmetic_of(plan.kernel, plan.problem, plan.device)
 
-    def replenish(self, check: Check) -> None:
+    def replenish(self, check: Check, *, replacements: bool = True) -> None:
         check()
 
     def lanes(self, run: Run, deadline: Deadline) -> InlineLanes:

@@ -97,6 +97,14 @@ class Claim(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class UndisputedClaim:
+    """The claim of a run whose caller sees to it that there is no other (`lock="none"`), on another machine."""
+
+    def check(self, *, afresh: bool = False) -> None:
+        """It is held."""
+
+
 def read_holder(path: Path) -> Holder:
     """Who holds the lock whose file this is; `UNKNOWN_HOLDER` where that cannot be read."""
     try:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.naming import setting
-from oocattn.storage.journal.claims import Claim
+from oocattn.storage.journal.claims import Claim, UndisputedClaim
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.marks import folder_id, forget_folder
@@ -32,6 +32,13 @@ def hold_lock(paths: ResultPaths, until: float = math.inf) -> Iterator[Claim]:
                 yield claim
         finally:
             _leave(paths)
+
+
+def claim_elsewhere(claim: Claim) -> Claim:
+    """The claim to a result in a store as a machine that does not see the folder of job state can check it."""
+    from oocattn.storage.journal.store_lock import BothClaims
+
+    return claim.store if isinstance(claim, BothClaims) else UndisputedClaim()
 
 
 def require_lock(paths: ResultPaths) -> None:

@@ -8,7 +8,7 @@ import pytest
 from distributed import Client
 
 from oocattn import RemoteError
-from oocattn.pipelines.engines.dask.tasks import sendable_errors
+from oocattn.pipelines.engines.dask.lane_plugin import sendable_errors
 
 
 class UnsendableError(Exception):

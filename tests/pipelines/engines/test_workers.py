@@ -21,7 +21,7 @@ from oocattn import Event, TimeLimitError, clock
 from oocattn.pipelines import attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.dask.engine import DaskEngine
-from oocattn.pipelines.engines.dask.tasks import LanePlugin
+from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.storage.inputs.dataset import Dataset

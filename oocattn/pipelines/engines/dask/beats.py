@@ -7,8 +7,9 @@ import time
 from oocattn import clock
 from oocattn.pipelines.engines.base import SILENT_SECONDS, LaneProgress
 
-Beat = tuple[str, str, int, float]
-"""A worker's address and name, the pairs that its lane has attended, and the seconds since its last step."""
+Beat = tuple[str, str, int, float, bool]
+"""A worker's address and name, the pairs that its lane has attended, the seconds since its last step, and whether it is to
+end."""
 
 
 class LaneBeats:
@@ -16,10 +17,13 @@ class LaneBeats:
 
     def __init__(self) -> None:
         self.progress: dict[str, LaneProgress] = {}
+        self.leaving: set[str] = set()
         self._heard: dict[str, float] = {}
 
     def __call__(self, event: tuple[float, Beat]) -> None:
-        address, name, pairs, since_step = event[1]
+        address, name, pairs, since_step, leaving = event[1]
+        if leaving:
+            self.leaving.add(address)
         self._heard[address] = time.monotonic()
         self.progress[address] = LaneProgress(name, pairs, clock.now() - since_step)
 

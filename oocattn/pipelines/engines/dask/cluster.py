@@ -92,6 +92,11 @@ def _on_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def is_in_process(address: str) -> bool:
+    """Whether a worker is a thread of this process."""
+    return address.startswith("inproc://")
+
+
 def wait_for_first(client: Client, check: Check) -> None:
     """Wait `FIRST_WORKER_SECONDS` for a worker, and say so; ProblemError without one."""
     if living_workers(client):

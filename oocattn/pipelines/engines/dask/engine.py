@@ -43,18 +43,20 @@ from oocattn.pipelines.engines.dask.cluster import (
     assign_devices,
     begin,
     check_scheduler,
+    is_in_process,
     living_workers,
     scheduler_gone,
     wait_for_workers,
     warn_of_open_ports,
 )
-from oocattn.pipelines.engines.dask.enlisting import enlist, enlist_again
+from oocattn.pipelines.engines.dask.enlisting import Roll, enlist, enlist_again
 from oocattn.pipelines.engines.dask.groups import follow_groups, leave_groups
+from oocattn.pipelines.engines.dask.lane_plugin import plugin_name
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.readiness import Expectations
 from oocattn.pipelines.engines.dask.runs import PAGE, Record, shown
-from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, plugin_name, save, stop
+from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
 from oocattn.pipelines.graph import Task, TaskId
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
@@ -113,10 +115,16 @@ class GraphMaker:
 
 class DaskLanes(Lanes):
     """One lane of a run on each of these workers (addresses); `devices` has the device of each by `Worker.id`, which is
-    another where one is restarted."""
+    another where one is restarted. `asked` has all workers that were asked whether they are ready."""
 
     def __init__(
-        self, client: Client, run: Run, devices: Mapping[str, str], workers: Sequence[str], deadline: Deadline
+        self,
+        client: Client,
+        run: Run,
+        devices: Mapping[str, str],
+        workers: Sequence[str],
+        deadline: Deadline,
+        asked: Collection[str],
     ) -> None:
         super().__init__(workers)
         self._client = client
@@ -130,10 +138,12 @@ class DaskLanes(Lanes):
         self._stopping: list[str] = []  # as the run ends
         self._silent: set[str] = set()  # those that did not answer then
         self._beats = LaneBeats()
+        self._asked = asked
+        self._joined: Collection[str] = ()
 
     @property
     def in_process(self) -> bool:
-        return all(address.startswith("inproc://") for address in self.workers)
+        return all(map(is_in_process, self.workers))
 
     def open(self) -> CallFuture[None]:
         self._client.subscribe_topic(plugin_name(self._name), self._beats)
@@ -171,9 +181,11 @@ class DaskLanes(Lanes):
     def find_lost(self) -> CallFuture[Collection[str]]:
         async def find() -> Collection[str]:
             try:
-                return set(self.workers) - set(await self._client.nthreads())
+                there = set(await self._client.nthreads())
             except (OSError, RuntimeError, ValueError) as error:
                 raise scheduler_gone(error) from error
+            self._joined = there - set(self._asked)
+            return set(self.workers) - there
 
         check_scheduler(self._client)
         return begin(self._client, find)
@@ -186,6 +198,12 @@ class DaskLanes(Lanes):
 
     def progress(self) -> Mapping[str, LaneProgress]:
         return dict(self._beats.progress)
+
+    def leaving(self) -> Collection[str]:
+        return self._beats.leaving & set(self.workers)
+
+    def joined(self) -> Collection[str]:
+        return self._joined
 
     def silent(self) -> Collection[str]:
         return self._beats.silent()
@@ -250,6 +268,7 @@ class DaskEngine(Engine):
     def __init__(self, client: Client) -> None:
         self._client = client
         self._ids: dict[str, str] = {}
+        self._asked: Collection[str] = ()
         self._devices: dict[str, str] = {}
         self.dashboard = client.dashboard_link or ""
 
@@ -257,20 +276,23 @@ class DaskEngine(Engine):
         expected = Expectations.of_run(plan, dataset, state)
         roll = enlist(self._client, expected, check)
         self._plan, self._expected = plan, replace(expected, computing=roll.computing)
-        self._take(roll.ids)
+        self._take(roll)
         warn_of_open_ports(self._client)
         return roll.computing
 
-    def replenish(self, check: Check) -> None:
-        if not wait_for_workers(self._client, self.lane_count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
+    def replenish(self, check: Check, *, replacements: bool = True) -> None:
+        count = self.lane_count if replacements else 1
+        if not wait_for_workers(self._client, count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
             raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
         self._take(enlist_again(self._client, self._expected, check))
 
-    def _take(self, ids: dict[str, str]) -> None:
-        """Have these workers take part, by address; WorkerLostError where none is left."""
+    def _take(self, roll: Roll) -> None:
+        """Have the ready ones of these workers take part; WorkerLostError where none is left."""
+        ids, self._asked = roll.ids, roll.asked
         devices = assign_devices(self._client, self._plan.device, ids)
         self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
         self.lane_count = len(self._devices)
+        self.in_process = all(map(is_in_process, self._devices))
         if not self._devices:
             raise WorkerLostError("no worker is ready to continue: the work that was done is on disk; start some and resume")
 
@@ -283,7 +305,7 @@ class DaskEngine(Engine):
 
     def lanes(self, run: Run, deadline: Deadline) -> DaskLanes:
         devices = {self._ids[address]: device for address, device in self._devices.items()}
-        return DaskLanes(self._client, run, devices, list(self._devices), deadline)
+        return DaskLanes(self._client, run, devices, list(self._devices), deadline, self._asked)
 
 
 @contextmanager

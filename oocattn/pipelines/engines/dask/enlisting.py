@@ -7,7 +7,7 @@ ready take no part. What they are asked is in `readiness`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,10 +50,11 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Roll:
-    """Workers that are ready, by address, and what is wrong with others, by name."""
+    """Workers that are ready, by address, what is wrong with others, by name, and the addresses of all that were asked."""
 
     ready: Mapping[str, WorkerState]
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    asked: Collection[str] = ()
 
     @property
     def ids(self) -> dict[str, str]:
@@ -99,12 +100,12 @@ def enlist(client: Client, expected: Expectations, check: Check) -> Roll:
     return roll
 
 
-def enlist_again(client: Client, expected: Expectations, check: Check) -> dict[str, str]:
-    """The workers that can continue a run, as `Roll.ids`; others are logged."""
+def enlist_again(client: Client, expected: Expectations, check: Check) -> Roll:
+    """The workers that can continue a run; others are logged."""
     roll = call_roll(client, expected, check)
     for line in roll.lines:
         logger.warning("%s; it takes no part", line)
-    return roll.ids
+    return roll
 
 
 def call_roll(client: Client, expected: Expectations, check: Check) -> Roll:
@@ -136,7 +137,7 @@ def call_roll(client: Client, expected: Expectations, check: Check) -> Roll:
             wrong[f"worker {address}{hosts[address]}"] = reasons
         else:
             ready[address] = each
-    return Roll(ready, wrong)
+    return Roll(ready, wrong, hosts)
 
 
 def _software_faults(answer: object, here: Mapping[str, str]) -> list[str]:

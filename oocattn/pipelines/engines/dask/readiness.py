@@ -23,6 +23,8 @@ from distributed import Status, Worker
 from oocattn.errors import LockedError, OocattnError
 from oocattn.kernels.arithmetic import arithmetic_of, small_problem
 from oocattn.naming import named, setting
+from oocattn.pipelines.engines.dask.cluster import is_in_process
+from oocattn.pipelines.engines.dask.departure import is_leaving
 from oocattn.pipelines.engines.dask.tasks import close_stale_lanes
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
@@ -33,6 +35,7 @@ from oocattn.storage.inputs.fingerprints import Fingerprints, changed_arrays
 from oocattn.storage.inputs.kept import ElsewhereError
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.results.growing import RunState
+from oocattn.storage.results.locking import claim_elsewhere
 from oocattn.threads import begin_call
 from oocattn.units import ceil_div, format_bytes
 from oocattn.version import __version__, source_digest
@@ -85,7 +88,8 @@ class Expectations:
     """State of the driver that every worker must see, or have room for.
 
     `lane_bytes` is the host memory of a lane, `call` the arguments of `arithmetic_of`, and `computing` the arithmetic of the
-    run's workers, where it has begun.
+    run's workers, where it has begun. `elsewhere` is the claim of a worker that shares no folder, where there may be such:
+    then `state` need not be there, and stale lanes are told by the `result`.
     """
 
     dataset: Dataset
@@ -95,13 +99,17 @@ class Expectations:
     lane_bytes: int
     call: tuple[str, Problem, str]
     computing: Mapping[str, str] | None = None
+    result: str = ""
+    elsewhere: Claim | None = None
 
     @classmethod
     def of_run(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expectations:
         """The expectations of a run of this plan."""
         call = (plan.kernel, small_problem(plan.problem), plan.device)
         lane_bytes = ceil_div(plan.peak_host, plan.lanes)
-        return cls(dataset, dataset.as_found, state.paths.state, state.claim, lane_bytes, call)
+        elsewhere = None if state.paths.mirror is None else claim_elsewhere(state.claim)
+        found, paths = dataset.as_found, state.paths
+        return cls(dataset, found, paths.state, state.claim, lane_bytes, call, result=str(paths.result), elsewhere=elsewhere)
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,8 @@ class WorkerState:
     """State of a worker as it sees itself.
 
     `code` is the digest of its sources, `dataset` its fingerprints, or why it cannot be read, `result` why no result can be
-    written, `probe` the file that it has written beside the result. Memory in bytes: in use, Dask's limit (0: none), and
-    the use from which on Dask gives it no tasks.
+    written, `probe` the file that it has written beside the result ("" where it need not share that folder). Memory in
+    bytes: in use, Dask's limit (0: none), and the use from which on Dask gives it no tasks.
     """
 
     id: str
@@ -123,17 +131,22 @@ class WorkerState:
     memory_limit: int
     memory_pause: float
     computing: Mapping[str, str]
+    leaving: bool = False
 
 
 async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerState:
     """Look at what a run needs, after closing stale lanes of the same result."""
-    await close_stale_lanes(expected.state, dask_worker)
+    await close_stale_lanes(expected.result, expected.state, dask_worker)
     manager = dask_worker.memory_manager
     limit = int(manager.memory_limit or 0)
     terminate = dask_worker.nanny and dask.config.get("distributed.worker.memory.terminate")  # by its nanny
     share = manager.memory_pause_fraction or terminate or math.inf
     dataset = await asyncio.wrap_future(begin_call(_look_at_dataset, expected.dataset))  # which may take seconds
-    result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
+    if expected.elsewhere is not None and not is_in_process(dask_worker.address):
+        looking, probe = begin_call(_look_at_store, Path(dask_worker.local_directory), expected.elsewhere), ""
+        result = await asyncio.wrap_future(looking)
+    else:
+        result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
     return WorkerState(
         id=str(dask_worker.id),
         code=source_digest(),
@@ -145,6 +158,7 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
         memory_limit=limit,
         memory_pause=limit * float(share) if limit else math.inf,
         computing=arithmetic_of(*expected.call),
+        leaving=is_leaving(dask_worker),
     )
 
 
@@ -177,6 +191,15 @@ def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
     return "", name
 
 
+def _look_at_store(folder: Path, claim: Claim) -> str:
+    """The reason why no job state can pass through a folder of the worker's own into the store, or ""."""
+    try:
+        claim.check(afresh=True)
+    except (OocattnError, OSError) as error:
+        return f"cannot use the store of the result as it can be used here: {words_of(error)}"
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"cannot write to its folder {folder} (--local-directory)"
+
+
 def remove_probes(state: Path, names: Iterable[str]) -> list[str]:
     """Remove the files that workers have written; return the names that were there."""
     there = []
@@ -206,15 +229,23 @@ def _dataset_faults(worker: WorkerState, expected: Expectations) -> list[str]:
 def _result_faults(worker: WorkerState, expected: Expectations, written: bool) -> list[str]:
     if worker.result:
         reason = worker.result
-    elif not written:
+    elif worker.probe and not written:
         reason = f"writes to {expected.state}, and nothing of that appears here"
     else:
         return []
+    if expected.elsewhere is not None:
+        return [f"{reason}: give it the network, credentials and folder that it needs"]
+    if "://" in expected.result:
+        return [
+            f"{reason}: choose {setting('scratch', 'store')}, or a scratch folder that all workers share and may write to"
+        ]
     return [f"{reason}: choose a result on a file system that all workers share, and that they may write to"]
 
 
 def _other_faults(worker: WorkerState, expected: Expectations) -> list[str]:
     found = []
+    if worker.leaving:
+        found.append("was asked to end (SIGTERM)")
     if worker.code != source_digest():
         found.append(f"has oocattn {__version__} with other code than here: {SAME_SOFTWARE}")
     used, limit = format_bytes(worker.memory_used), format_bytes(worker.memory_limit)

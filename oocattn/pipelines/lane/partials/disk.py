@@ -58,8 +58,9 @@ class DiskPartials:
         for subproblem in self._plan.division_of(head_group).contributors(chunk):
             partial = PartialId(head_group, chunk, (subproblem,))
             try:
-                not_finite += self._files.not_finite(partial)
-                self._merge(partial, state)
+                with self._files.fetched(partial):
+                    not_finite += self._files.not_finite(partial)
+                    self._merge(partial, state)
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(head_group, chunk)
                 self._files.remove(partial)

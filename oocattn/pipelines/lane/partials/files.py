@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,10 @@ class PartialFiles:
         for name in names_in(self.folder):
             if _NAME.fullmatch(name):
                 yield self.folder / name, self._read_id(self.folder / name)
+
+    def fetched(self, partial: PartialId) -> AbstractContextManager[None]:
+        """Have the file of a partial in the folder while inside, if it is anywhere, to be read."""
+        return nullcontext() if self.mirror is None else self.mirror.fetched(self.path(partial))
 
     def _check(self) -> None:
         """Raise LockedError where the run has lost its lock."""

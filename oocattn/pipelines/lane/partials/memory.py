@@ -126,9 +126,10 @@ class MemoryPartials:
         if count:
             partial = self._partial_id(place, count)
             try:
-                not_finite = self._files.not_finite(partial)
-                for _ in self._files.read(partial, row_blocks(state)):
-                    pass
+                with self._files.fetched(partial):
+                    not_finite = self._files.not_finite(partial)
+                    for _ in self._files.read(partial, row_blocks(state)):
+                        pass
             except (IntegrityError, OSError) as error:
                 self._accumulators.give_back(*place)
                 self._files.remove(partial)

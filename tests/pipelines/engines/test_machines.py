@@ -1,0 +1,122 @@
+"""Workers on machines of their own share a store with the driver, and nothing else: they come, are asked to end, and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+from interrupting import uninterrupted
+from machines import Machines, machines
+from object_store import BUCKET, objects_in
+from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+
+import oocattn
+from oocattn import Event, Plan, ProblemError
+from oocattn.pipelines import attempt
+from oocattn.pipelines.engines.dask.engine import DaskEngine
+from oocattn.pipelines.existing import Request
+from oocattn.pipelines.session import run_plan
+from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.paths import ResultPaths
+
+LANE_FOLDERS = "__import__('glob').glob('/tmp/scratch/**/oocattn-*', recursive=True)"  # as a worker sees them
+BESIDE = {"attempts.json", "full-report.json", "report.html", "report.json"}
+
+
+@pytest.fixture(autouse=True)
+def _workers_are_often_looked_for(monkeypatch: pytest.MonkeyPatch, here: Path) -> None:
+    monkeypatch.setattr(attempt, "WORKER_CHECK_SECONDS", 0.2)
+    monkeypatch.setattr(attempt, "PROGRESS_SECONDS", 0.2)
+
+
+@pytest.fixture(scope="module")
+def data(shared_path: Path) -> Path:
+    return write_dataset(shared_path / "dataset.zarr", normal_arrays(300, heads=8, kv_heads=4))
+
+
+@pytest.fixture(scope="module")
+def several(data: Path) -> Iterator[Machines]:
+    """Two machines that stay, and the dataset in the store."""
+    with machines() as found:
+        upload(found, data)
+        found.start("a")
+        found.start("b")
+        found.wait(2)
+        yield found
+
+
+def upload(found: Machines, data: Path) -> None:
+    s3fs.S3FileSystem(**found.s3).put(f"{data}/", f"{BUCKET}/dataset.zarr", recursive=True)
+
+
+def run_in_store(found: Machines, plan: Plan, name: str, *callbacks: Any, **place: Any) -> oocattn.Result:
+    """Run a plan on the workers, over the dataset in the store and to a result there."""
+    opened = Dataset.open(f"s3://{BUCKET}/dataset.zarr", storage_options=found.s3)
+    paths = ResultPaths.at(f"s3://{BUCKET}/{name}.zarr", **{"scratch": "store", "storage_options": found.s3, **place})
+    return run_plan(plan, Request(plan.problem, opened, paths), DaskEngine(found.client), callbacks=callbacks)
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_workers_that_share_no_folder_give_the_same_bits(several: Machines, data: Path, partials: str, here: Path) -> None:
+    plan = plan_for(data, chunks=7, causal=True, lanes=2, partials=partials)
+    recorder = Recorder([])
+    found = run_in_store(several, plan, partials, recorder)
+    assert_same_bits(found, uninterrupted(plan, data))
+    assert {event.worker for event in recorder.of("attended")} == {"a", "b"}
+    assert {key.partition(".oocattn/")[2] for key in objects_in(several.s3, f"{partials}.zarr.oocattn")} == BESIDE
+    assert not list(here.iterdir())
+    assert not any(several.client.run(eval, LANE_FOLDERS).values())
+
+
+def test_workers_that_share_no_folder_need_job_state_in_the_store(several: Machines, data: Path, here: Path) -> None:
+    with pytest.raises(ProblemError, match=r"worker .* \(host a\), worker .* cannot write to .*: choose scratch='store'"):
+        run_in_store(several, plan_for(data, chunks=7), "refused", scratch=None)
+    assert not objects_in(several.s3, "refused.zarr")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("partials", ["memory", "disk"])
+def test_a_worker_that_is_asked_to_end_hands_over_what_it_has(data: Path, partials: str) -> None:
+    plan = plan_for(data, chunks=13, causal=True, lanes=2, partials=partials)
+    recorder = Recorder([])
+    with machines() as found:
+        upload(found, data)
+        found.start("a")
+        found.start("b")
+        found.wait(2)
+
+        def preempt(event: Event) -> None:
+            if event.kind == "attended" and len(recorder.of("attended")) == 6:
+                found.processes["a"].send_signal(signal.SIGTERM)
+
+        result = run_in_store(found, plan, "result", recorder, preempt)
+        assert found.processes["a"].wait(30) in (0, -signal.SIGTERM)
+        assert_same_bits(result, uninterrupted(plan, data))
+    (recovered,) = recorder.of("recovered")
+    assert "was asked to end, and hands over what it has done" in recovered.error
+    assert recovered.workers_lost == 1
+    assert len(recorder.of("attended")) <= plan.subproblems  # nothing was computed twice
+
+
+def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -> None:
+    plan = plan_for(data, chunks=13, causal=True, lanes=2, partials="memory")
+    recorder = Recorder([])
+    with machines() as found:
+        upload(found, data)
+        found.start("a")
+        found.start("b")
+        found.wait(2)
+
+        def kill(event: Event) -> None:
+            if event.kind == "attended" and len(recorder.of("attended")) == 6:
+                os.kill(found.processes["a"].pid, signal.SIGKILL)
+
+        result = run_in_store(found, plan, "result", recorder, kill)
+        assert_same_bits(result, uninterrupted(plan, data))
+    assert [event.workers_lost for event in recorder.of("recovered")] == [1]
+    assert len(recorder.of("attended")) > plan.subproblems
