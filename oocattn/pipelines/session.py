@@ -153,11 +153,12 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     if isinstance(found, Run):
         check_chosen(found, choices)
 
-    def decide(lanes: int) -> Plan:
+    def decide(lanes: int, machine_lanes: int) -> Plan:
         if isinstance(found, Run):
             return found.plan
         paths, to_store = request.paths, request.paths.stored is not None
-        return plan_here(request.dataset, request.problem, choices, lanes, paths.state, workplace.engine, to_store=to_store)
+        chosen = request.dataset, request.problem, choices, lanes, paths.state, workplace.engine
+        return plan_here(*chosen, machine_lanes=machine_lanes, to_store=to_store)
 
     kernel, precise = choices.kernel, choices.precise
     with workplace.prepare(request.problem, kernel, decide, until, precise=precise) as (engine, plan):
@@ -213,7 +214,7 @@ def resume(
         words = how_to_pass(paths, found.plan.problem)
         raise ProblemError(f"{paths.result} is a second pass over another result: go on with {words}")
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
-    with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
+    with workplace.prepare(plan.problem, plan.kernel, lambda *_: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)
 
 

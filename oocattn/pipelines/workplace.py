@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -57,12 +58,12 @@ class Workplace:
         self,
         problem: Problem,
         kernel: str | None,
-        decide: Callable[[int], Plan],
+        decide: Callable[[int, int], Plan],
         until: float,
         *,
         precise: bool = False,
     ) -> Iterator[tuple[Engine, Plan]]:
-        """Have an engine while inside, and the plan that `decide` makes for so many lanes.
+        """Have an engine while inside, and the plan that `decide` makes for so many lanes, at most so many on a machine.
 
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
@@ -71,7 +72,7 @@ class Workplace:
             refuse_lost_threads()
             from oocattn.pipelines.engines.dask.engine import DaskEngine
 
-            yield DaskEngine(self.client), decide(_count_workers(self.client, until))
+            yield DaskEngine(self.client), decide(*_count_workers(self.client, until))
             return
         refuse_lost_threads()
         with ThreadPool(1, "oocattn-prepare") as beside:
@@ -79,7 +80,7 @@ class Workplace:
             open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)
-            plan = decide(lanes)
+            plan = decide(lanes, lanes)
             rehearsed = beside.submit(rehearse, plan)
             with open_engine(min(plan.lanes, lanes)) as engine:  # the plan may be of another machine
                 rehearsed.result()
@@ -96,9 +97,9 @@ class Workplace:
         return partial(local_engine, self.dashboard_address)
 
 
-def _count_workers(client: Client, until: float) -> int:
-    """How many workers a client has, after waiting for a first one."""
-    from oocattn.pipelines.engines.dask.cluster import wait_for_first, worker_addresses
+def _count_workers(client: Client, until: float) -> tuple[int, int]:
+    """How many workers a client has, and the most of them on one machine, after waiting for a first one."""
+    from oocattn.pipelines.engines.dask.cluster import host_of, wait_for_first, worker_addresses
     from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
     def check() -> None:
@@ -107,4 +108,5 @@ def _count_workers(client: Client, until: float) -> int:
 
     refuse_own_thread(client)
     wait_for_first(client, check)
-    return len(worker_addresses(client))
+    hosts = Counter(map(host_of, worker_addresses(client)))
+    return hosts.total(), max(hosts.values(), default=0)

@@ -79,9 +79,9 @@ def cost(
     to_store: bool = False,
 ) -> Plan:
     """Cost one candidate: tiles (unless given), memory, bytes a link and seconds."""
-    layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.lanes, tiles)
+    layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.sharing_lanes, tiles)
     host = layout.host + (sending_bytes(problem, hardware.device, layout.out_chunk_rows) if to_store else 0)
-    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.lanes - host)
+    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.sharing_lanes - host)
     run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding)
     return Plan(
         problem=problem,
@@ -96,8 +96,8 @@ def cost(
         key_chunk_rows=layout.grid.key_chunk_rows,
         out_chunk_rows=layout.out_chunk_rows,
         slot_bytes=layout.slot,
-        peak_device=layout.device * hardware.lanes,
-        peak_host=(host + holding.nbytes) * hardware.lanes,
+        peak_device=layout.device * hardware.sharing_lanes,
+        peak_host=(host + holding.nbytes) * hardware.sharing_lanes,
         scratch_disk=math.ceil(run.scratch_disk),
         links=run.links,
         seconds=run.seconds,

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 
 from oocattn.errors import IntegrityError
-from oocattn.planning.machine import FILE_SECONDS
+from oocattn.planning.machine import FILE_SECONDS, Hardware
 from oocattn.planning.memory import PAGE
 from oocattn.planning.timing import undisturbed_seconds
 from oocattn.storage.files.durable import write_durably
@@ -68,6 +69,17 @@ def _existing(folder: Path) -> Path:
 def round_to_power(found: float) -> float:
     """What was measured, to a power of two."""
     return float(2.0 ** round(math.log2(found)))
+
+
+def round_rates(hardware: Hardware) -> Hardware:
+    """With what was measured to powers of two, for the choice of a plan: the same conditions make the same one."""
+    return replace(
+        hardware,
+        kernel_flops=round_to_power(hardware.kernel_flops),
+        read_rate=round_to_power(hardware.read_rate),
+        reread_rate=round_to_power(hardware.reread_rate),
+        file_seconds=round_to_power(hardware.file_seconds),
+    )
 
 
 def free_disk(folder: Path) -> int:

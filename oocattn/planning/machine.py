@@ -43,6 +43,7 @@ class Machine:
 
     `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
     `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
+    Of the `lanes` at most `machine_lanes` are on one machine (0: all), and share its budgets.
     `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's, shared by all lanes, and
     `reread_rate` that of data that was read before, from the page cache if it fits there.
     `task_seconds` is the cost of a task, `file_seconds` that of a durable file beside its bytes. `scratch_disk` is the room
@@ -56,6 +57,7 @@ class Machine:
     max_keys: Positive = 1 << 16
     rounds_weights: bool = False
     lanes: Annotated[int, Range(1, MAX_LANES)] = 1
+    machine_lanes: Annotated[int, Range(0, MAX_LANES), ADDED] = 0
     threads: Annotated[int, Range(1, 1 << 16)] = 1
     copy_rate: Rate = 50e9
     read_rate: Rate = 1e9
@@ -65,6 +67,11 @@ class Machine:
     file_seconds: Seconds = FILE_SECONDS
     scratch_disk: Count = 1 << 60
     measuring_bytes: Count = 0
+
+    @property
+    def sharing_lanes(self) -> int:
+        """The most lanes that share the budgets of one machine."""
+        return min(self.lanes, self.machine_lanes or self.lanes)
 
 
 @dataclass(frozen=True, kw_only=True)

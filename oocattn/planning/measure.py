@@ -31,7 +31,7 @@ from oocattn.kernels.state import AttentionState
 from oocattn.plain_threads import plain_threads
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.cost import recost
-from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_to_power
+from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_rates
 from oocattn.planning.layout import call_size
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
 from oocattn.planning.measured import HALF_RATE_KEYS
@@ -72,18 +72,21 @@ def describe_hardware(
     scratch: Path | None,
     engine: Engine,
     precise: bool = False,
+    machine_lanes: int = 0,
 ) -> Hardware:
     """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
     `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
-    each GPU), which share this machine's cores; `MAX_LANES` of them take part at most. `scratch` is the folder whose file
+    each GPU), of which at most `machine_lanes` (0: all) share a machine's cores; machines are taken to be like this one.
+    `MAX_LANES` of them take part at most. `scratch` is the folder whose file
     system takes the partials, and `engine` carries the tasks out; `precise` leaves out kernels that round softmax weights to
     16 bits. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and where computing would
     never end, as in a fork.
     """
     device, name = _choose_kernel(problem, kernel, precise)
     lanes = min(lanes or count_lanes(kernel), MAX_LANES)
-    threads = max(1, torch.get_num_threads() // lanes)
+    machine_lanes = machine_lanes if machine_lanes < lanes else 0
+    threads = max(1, torch.get_num_threads() // (machine_lanes or lanes))
     refuse_lost_threads()
     if device == "cpu":
         flops, half_rate_rows, measuring_bytes = kernel_rate(name, Sample.of(problem)), 256, 0
@@ -101,6 +104,7 @@ def describe_hardware(
         max_keys=_max_keys(name, problem),
         rounds_weights=rounds_weights(name),
         lanes=lanes,
+        machine_lanes=machine_lanes,
         threads=threads,
         read_rate=found,
         reread_rate=reread_rate(problem.input_bytes, int(psutil.virtual_memory().available), found),
@@ -137,6 +141,7 @@ def plan_here(
     scratch: Path | None,
     engine: Engine,
     *,
+    machine_lanes: int = 0,
     to_store: bool = False,
 ) -> Plan:
     """Measure this machine and plan for an engine; partials would lie in the folder `scratch`, the result in a store.
@@ -153,14 +158,15 @@ def plan_here(
         lanes=lanes,
         scratch=scratch,
         engine=engine,
+        machine_lanes=machine_lanes,
     )
     device_memory = choices.device_memory
     if device_memory is None:
-        device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.lanes)
+        device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.sharing_lanes)
     host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
     chosen = make_plan(
         problem,
-        _round_rates(hardware),
+        round_rates(hardware),
         device_memory=device_memory,
         host_memory=host_memory,
         inputs=input_cost(dataset, problem, host_memory),
@@ -174,17 +180,6 @@ def plan_here(
     if warning is not None:
         logger.warning("%s", warning)
     return plan
-
-
-def _round_rates(hardware: Hardware) -> Hardware:
-    """With what was measured to powers of two, for the choice of a plan: the same conditions make the same one."""
-    return replace(
-        hardware,
-        kernel_flops=round_to_power(hardware.kernel_flops),
-        read_rate=round_to_power(hardware.read_rate),
-        reread_rate=round_to_power(hardware.reread_rate),
-        file_seconds=round_to_power(hardware.file_seconds),
-    )
 
 
 def _choose_kernel(problem: Problem, kernel: str | None, precise: bool) -> tuple[Device, str]:

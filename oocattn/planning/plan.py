@@ -17,7 +17,7 @@ from oocattn.division.quorums import CyclicQuorums
 from oocattn.division.strips import Strips
 from oocattn.pins import Pins
 from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
-from oocattn.planning.machine import Device, InputCost, Machine
+from oocattn.planning.machine import MAX_LANES, Device, InputCost, Machine
 from oocattn.planning.memory import Buffers, Tiles
 from oocattn.planning.plan_text import plan_line, plan_text
 from oocattn.problem.arrays import weights_dtype
@@ -44,7 +44,7 @@ class Link:
 class Plan(Shown):
     """Every decision before a run: what is given and chosen, down to `checkpoint_seconds`, and what follows from that.
 
-    Seconds are predictions; peaks are upper bounds on what all lanes allocate.
+    Seconds are predictions; peaks are upper bounds on what all lanes of a machine allocate, and budgets are a machine's.
     """
 
     problem: Problem
@@ -98,6 +98,18 @@ class Plan(Shown):
     def lanes(self) -> int:
         """Lanes that the plan is for."""
         return self.machine.lanes
+
+    @property
+    def sharing_lanes(self) -> int:
+        """The most lanes that share the budgets of one machine."""
+        return self.machine.sharing_lanes
+
+    @property
+    def most_sharing_lanes(self) -> int:
+        """The most lanes on one machine that its budgets have room for."""
+        peaks = ((self.peak_device, self.device_memory), (self.peak_host, self.host_memory))
+        room = (self.sharing_lanes * budget // peak for peak, budget in peaks if peak)
+        return max(self.sharing_lanes, min(room, default=MAX_LANES))
 
     @property
     def threads(self) -> int:

@@ -44,7 +44,7 @@ def plan_text(plan: Plan) -> str:
         *textwrap.wrap(f"same bits    {plan.pins}", WIDTH, subsequent_indent=" " * 13),
         f"partials     {_partials(plan)}, at most {format_bytes(plan.scratch_disk)} of scratch on disk",
         f"peak memory  host {format_bytes(plan.peak_host)} of {format_bytes(plan.host_memory)}, "
-        f"device {format_bytes(plan.peak_device)} of {format_bytes(plan.device_memory)}",
+        f"device {format_bytes(plan.peak_device)} of {format_bytes(plan.device_memory)}{_on_each(plan)}",
         *(line for text in _reading(plan) for line in textwrap.wrap(text, WIDTH, subsequent_indent=" " * 13)),
         "",
         f"{'link':<12} {'amount':>12} {'seconds':>9}",
@@ -100,10 +100,15 @@ def _reading(plan: Plan) -> list[str]:
     return [describe_interleaving(*about), describe_decoding(times, aligned, plan.key_chunk_rows)]
 
 
+def _on_each(plan: Plan) -> str:
+    return " on each machine" if plan.sharing_lanes < plan.lanes else ""
+
+
 def _lanes(plan: Plan) -> str:
+    shared = f", at most {plan.sharing_lanes} on a machine" if plan.sharing_lanes < plan.lanes else ""
     if plan.device == "cpu":
-        return f"{plan.lanes} lane{'s' * (plan.lanes > 1)}, {plan.threads} threads each"
-    gpus = f"{plan.lanes} GPU{'s' * (plan.lanes > 1)}"
+        return f"{plan.lanes} lane{'s' * (plan.lanes > 1)}{shared}, {plan.threads} threads each"
+    gpus = f"{plan.lanes} GPU{'s' * (plan.lanes > 1)}{shared}"
     return f"{gpus}, tiles of {plan.tiles.query:,} queries by {plan.tiles.key:,} keys"
 
 

@@ -65,7 +65,8 @@ def _alternative(plan: Plan, scratch_bytes: Callable[[CallSize], int], times: Fr
     if times == 1 and lanes == plan.lanes:
         return Alternative(host_memory, lanes, plan)
     on_cpu = plan.device == "cpu"
-    device_memory = int(plan.device_memory * times) if on_cpu else plan.device_memory // plan.lanes * lanes
+    shared = min(lanes, plan.machine.machine_lanes or lanes)
+    device_memory = int(plan.device_memory * times) if on_cpu else plan.device_memory // plan.sharing_lanes * shared
     hardware = replace(Hardware(**asdict(plan.machine), scratch_bytes=scratch_bytes), lanes=lanes)
     try:
         found = make_plan(

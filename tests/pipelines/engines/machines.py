@@ -7,12 +7,13 @@ scheduler and at an S3 server. Networks of their own take root; without it, all 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,8 +30,8 @@ HAS_NETWORKS = os.geteuid() == 0
 _numbers = itertools.count()
 
 _INSIDE = """
-import os, pathlib, subprocess, sys
-name, kept, *command = sys.argv[1:]
+import json, os, pathlib, subprocess, sys
+name, kept, texts, *command = sys.argv[1:]
 sys.stdin.readline()  # the network is there
 def mount(*arguments):
     subprocess.run(["mount", *arguments], check=True)
@@ -44,6 +45,8 @@ mount("--rbind", "/mnt", "/tmp")
 mount("-t", "tmpfs", "tmpfs", "/dev/shm")
 os.makedirs("/tmp/scratch")
 os.chdir("/tmp/scratch")
+for name, text in json.loads(texts).items():
+    pathlib.Path(name).write_text(text)
 os.execv(command[0], command)
 """
 
@@ -110,16 +113,17 @@ class Machines:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ending = ending
 
-    def start(self, name: str, *options: str, count: int = 1, scheduler: str = "") -> None:
-        """Start a machine, and as many workers on it as that."""
+    def start(self, name: str, *options: str, count: int = 1, copied: Sequence[Path] = ()) -> None:
+        """Start a machine, and as many workers on it as that, in a folder with copies of some files."""
         number = len(self.processes) + 2
         python = {sys.prefix, sys.base_prefix, str(Path(oocattn.__file__).parents[1])}
         kept = ":".join(path for path in sorted(python) if path.startswith("/tmp/"))
-        worker = [sys.executable, "-m", "distributed.cli.dask_worker", scheduler or str(self.client.scheduler.address)]
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", str(self.client.scheduler.address)]
         worker += ["--nthreads", "4", "--memory-limit", "0", "--no-dashboard", "--local-directory", "/tmp/scratch"]
         worker += ["--name", name, "--nworkers", str(count)] + (["--no-nanny"] if count == 1 else []) + list(options)
+        texts = {path.name: path.read_text() for path in copied}
         process = subprocess.Popen(
-            [*_unshare(), sys.executable, "-c", _INSIDE, name, kept, *worker],
+            [*_unshare(), sys.executable, "-c", _INSIDE, name, kept, json.dumps(texts), *worker],
             stdin=subprocess.PIPE,
             stderr=None if os.environ.get("SHOW_WORKERS") else subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(Path(oocattn.__file__).parents[1]), "OMP_NUM_THREADS": "1"},

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import s3fs
+from distributed import Security
 from interrupting import uninterrupted
 from machines import Machines, machines
 from object_store import BUCKET, objects_in
-from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from support import Recorder, assert_same_bits, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, Plan, ProblemError
 from oocattn.pipelines import attempt
+from oocattn.pipelines.engines.dask.connecting import connect
 from oocattn.pipelines.engines.dask.engine import DaskEngine
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
@@ -120,3 +123,56 @@ def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -
         assert_same_bits(result, uninterrupted(plan, data))
     assert [event.workers_lost for event in recorder.of("recovered")] == [1]
     assert len(recorder.of("attended")) > plan.subproblems
+
+
+def test_machines_that_join_are_used_after_the_next_checkpoint(data: Path) -> None:
+    plan = replace(plan_for(data, chunks=13, causal=True), checkpoint_seconds=0.4)
+    recorder = Recorder([])
+    with machines() as found:
+        upload(found, data)
+        found.start("a")
+        found.wait(1)
+
+        def join(event: Event) -> None:
+            if event.kind == "attended" and len(recorder.of("attended")) == 4:
+                found.start("b", count=2)
+                found.wait(3)
+
+        result = run_in_store(found, plan, "result", recorder, join)
+        assert_same_bits(result, uninterrupted(plan, data))
+    (recovered,) = recorder.of("recovered")
+    assert recovered.error.startswith("2 workers joined")
+    assert (recovered.workers_lost, result.report.lanes) == (0, 3)
+    assert {event.worker for event in recorder.of("attended")} == {"a", "b-0", "b-1"}
+
+
+def test_budgets_bind_on_each_machine(several: Machines, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"s3://{BUCKET}/dataset.zarr"
+    asked: Any = {"client": several.client, "chunks": 7, "kernel": "cpu", "storage_options": several.s3, "scratch": "store"}
+    found = oocattn.attention(url, f"s3://{BUCKET}/budgets.zarr", host_memory="64MiB", **asked)
+    assert (found.plan.lanes, found.plan.sharing_lanes) == (2, 1)
+    assert "on each machine" in str(found.plan)
+
+
+def test_a_cluster_with_certificates_is_used_and_needs_them(data: Path, tmp_path: Path) -> None:
+    security = Security.temporary()
+    names = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")
+    files = {name: tmp_path / f"{name}.pem" for name in names}
+    for name, path in files.items():
+        path.write_text(getattr(security, name))
+    plan = plan_for(data, chunks=7, causal=True)
+    recorder = Recorder([])
+    with machines(security) as found:
+        upload(found, data)
+        options = [f"--{option}" for option in ("tls-ca-file", "tls-cert", "tls-key")]
+        certificates = [f"/tmp/scratch/{path.name}" for path in files.values()]
+        arguments = [text for pair in zip(options, certificates, strict=True) for text in pair]
+        found.start("a", *arguments, copied=list(files.values()))
+        found.wait(1)
+        address = str(found.client.scheduler.address)
+        assert address.startswith("tls://")
+        result = run_in_store(found, plan, "result", recorder)
+        assert_same_bits(result, uninterrupted(plan, data))
+        with pytest.raises(ProblemError, match="one with certificates is at tls://, and Dask's configuration names them"):
+            connect(address, 5.0)
+    assert {event.worker for event in recorder.of("attended")} == {"a"}

@@ -21,9 +21,9 @@ from distributed.system import MEMORY_LIMIT
 from support import Recorder, carry_out, plan_for
 
 from oocattn.pipelines.engines import base
+from oocattn.pipelines.engines.dask.lane_plugin import WORK
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.routes import LEFT_OUT
-from oocattn.pipelines.engines.dask.lane_plugin import WORK
 from oocattn.pipelines.lane.device_time import join_spans
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.watch.events import Attended, Event, TaskEvent

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from ipaddress import ip_address
@@ -26,6 +27,7 @@ ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs
 LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
 FIRST_WORKER_SECONDS = 60.0  # for which a run waits for a first worker
 KEEPING_SECONDS = 5.0  # of a task that keeps a worker of an adaptive cluster until it has work
+KEPT_AGAIN_SECONDS = 4.0  # after which it has another
 
 logger = logging.getLogger("oocattn")
 
@@ -97,6 +99,22 @@ def is_in_process(address: str) -> bool:
     return address.startswith("inproc://")
 
 
+def host_of(address: str) -> str:
+    """The machine of a worker, as far as its address tells: containers and namespaces with their own are machines too."""
+    return urlsplit(address).hostname or address
+
+
+def room_on(taken: Iterable[str], most: int) -> Callable[[str], bool]:
+    """A function that takes a worker, and returns True, while fewer than `most` are taken on its machine."""
+    count = Counter(map(host_of, taken))
+
+    def take(address: str) -> bool:
+        count[host_of(address)] += 1
+        return count[host_of(address)] <= most
+
+    return take
+
+
 def wait_for_first(client: Client, check: Check) -> None:
     """Wait `FIRST_WORKER_SECONDS` for a worker, and say so; ProblemError without one."""
     if living_workers(client):
@@ -130,6 +148,23 @@ def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any
             with suppress(Exception):  # the scheduler is gone
                 client.cancel([task], force=True)
     return there
+
+
+def keeping_workers(client: Client, check: Check) -> Check:
+    """The check, which also gives tasks to workers again and again: an adaptive cluster stops those without."""
+    given = -math.inf
+
+    def keep() -> None:
+        nonlocal given
+        check()
+        if time.monotonic() - given > KEPT_AGAIN_SECONDS:
+            given = time.monotonic()
+            for address in living_workers(client):
+                kept = client.submit(time.sleep, KEEPING_SECONDS, workers=[address], allow_other_workers=True, pure=False)
+                fire_and_forget(kept)
+
+    keep()
+    return keep
 
 
 def check_scheduler(client: Client) -> None:

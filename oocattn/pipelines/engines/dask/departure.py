@@ -25,7 +25,8 @@ GRACE_SECONDS = 30.0
 """From SIGTERM to SIGKILL, as queues and clouds give it; the worker ends before."""
 
 HANDING_OVER_SECONDS = 24.0
-CLOSED_SECONDS = 4.0  # then, for the driver to close what has handed over
+CLOSED_SECONDS = 4.0  # then, for the driver to close what has handed over,
+ANSWERED_SECONDS = 0.5  # and for it to hear of that
 
 _NAME = "oocattn-departure"
 
@@ -76,6 +77,7 @@ class Departure(WorkerPlugin):
             until = time.monotonic() + CLOSED_SECONDS
             while self._lanes(worker) and time.monotonic() < until:
                 await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(ANSWERED_SECONDS)
             await worker.close(executor_wait=False, nanny=False, reason="SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
 

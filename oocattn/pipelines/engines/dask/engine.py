@@ -44,7 +44,9 @@ from oocattn.pipelines.engines.dask.cluster import (
     begin,
     check_scheduler,
     is_in_process,
+    keeping_workers,
     living_workers,
+    room_on,
     scheduler_gone,
     wait_for_workers,
     warn_of_open_ports,
@@ -60,6 +62,7 @@ from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_
 from oocattn.pipelines.graph import Task, TaskId
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.planning.machine import MAX_LANES
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
@@ -68,6 +71,9 @@ Key = tuple[str, int, int]
 """A task's key at the scheduler: group (step and run), head group, index."""
 
 PAUSE_SECONDS = 0.05  # between two looks at whether tasks still execute
+IMPORT = "__import__('oocattn.pipelines.engines.dask.readiness')"
+"""What a worker that has joined evaluates before lanes stop for it: PyTorch takes seconds."""
+
 REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS = 10.0, 120.0  # for a dead worker's, and the last one's: a nanny takes some
 
 logger = logging.getLogger("oocattn")
@@ -140,6 +146,7 @@ class DaskLanes(Lanes):
         self._beats = LaneBeats()
         self._asked = asked
         self._joined: Collection[str] = ()
+        self._importing: dict[str, asyncio.Future[object]] = {}  # by worker that has joined
 
     @property
     def in_process(self) -> bool:
@@ -184,7 +191,12 @@ class DaskLanes(Lanes):
                 there = set(await self._client.nthreads())
             except (OSError, RuntimeError, ValueError) as error:
                 raise scheduler_gone(error) from error
-            self._joined = there - set(self._asked)
+            has_room = room_on(self.workers, self._run.plan.most_sharing_lanes)
+            joined = set(filter(has_room, sorted(there - set(self._asked))))
+            for address in joined - self._importing.keys():
+                asked = self._client.run(eval, IMPORT, workers=[address], on_error="return")
+                self._importing[address] = asyncio.ensure_future(asked)
+            self._joined = {address for address in joined if self._importing[address].done()}
             return set(self.workers) - there
 
         check_scheduler(self._client)
@@ -263,7 +275,7 @@ class DaskLanes(Lanes):
 
 
 class DaskEngine(Engine):
-    """Workers of a client that are ready, at most as many as the plan counts."""
+    """Workers of a client that are ready, on each machine at most as many as the plan's budgets are for."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
@@ -281,7 +293,7 @@ class DaskEngine(Engine):
         return roll.computing
 
     def replenish(self, check: Check, *, replacements: bool = True) -> None:
-        count = self.lane_count if replacements else 1
+        count, check = self.lane_count if replacements else 1, keeping_workers(self._client, check)
         if not wait_for_workers(self._client, count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
             raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
         self._take(enlist_again(self._client, self._expected, check))
@@ -290,7 +302,8 @@ class DaskEngine(Engine):
         """Have the ready ones of these workers take part; WorkerLostError where none is left."""
         ids, self._asked = roll.ids, roll.asked
         devices = assign_devices(self._client, self._plan.device, ids)
-        self._ids, self._devices = ids, dict(itertools.islice(devices.items(), self._plan.lanes))
+        fitting = list(filter(room_on((), self._plan.most_sharing_lanes), devices))[:MAX_LANES]
+        self._ids, self._devices = ids, {address: devices[address] for address in fitting}
         self.lane_count = len(self._devices)
         self.in_process = all(map(is_in_process, self._devices))
         if not self._devices:

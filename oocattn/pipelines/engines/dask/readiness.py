@@ -106,7 +106,7 @@ class Expectations:
     def of_run(cls, plan: Plan, dataset: Dataset, state: RunState) -> Expectations:
         """The expectations of a run of this plan."""
         call = (plan.kernel, small_problem(plan.problem), plan.device)
-        lane_bytes = ceil_div(plan.peak_host, plan.lanes)
+        lane_bytes = ceil_div(plan.peak_host, plan.sharing_lanes)
         elsewhere = None if state.paths.mirror is None else claim_elsewhere(state.claim)
         found, paths = dataset.as_found, state.paths
         return cls(dataset, found, paths.state, state.claim, lane_bytes, call, result=str(paths.result), elsewhere=elsewhere)

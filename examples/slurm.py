@@ -1,0 +1,97 @@
+"""Exact attention on workers that Slurm starts, takes away and starts again: each is a job of one worker.
+
+    pip install 'oocattn[remote,cluster]' dask-jobqueue
+    python examples/slurm.py s3://bucket/qkv.zarr s3://bucket/out.zarr --jobs 8 --cores 16 --memory 64GiB
+
+This process is the driver, with the scheduler. It holds no data and may run on a login node, or in a job of its own:
+
+    #SBATCH --time=24:00:00
+    python examples/slurm.py s3://bucket/qkv.zarr s3://bucket/out.zarr --time-limit 23h50m
+    if [ $? -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+
+It ends with exit code 75 when the time limit is reached, with all work saved. The same command continues the run. Workers
+that are preempted hand over what they have done, and are used again when Slurm has requeued their jobs. Inputs, result and
+job state are in an object store, or at paths that all nodes share; certificates are made for the cluster, in --shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dask_jobqueue import SLURMCluster
+from distributed import Client
+from distributed.deploy.cluster import Cluster
+
+import oocattn
+from oocattn.units import parse_duration
+
+TIME_LIMIT_REACHED = 75
+"""The exit code after which the same command is to be given again, as that of `oocattn run`."""
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of the command line."""
+    parser = argparse.ArgumentParser(description="Exact attention on workers that Slurm starts.")
+    parser.add_argument("inputs", help="path or URL of the dataset")
+    parser.add_argument("result", help="path or URL of the result")
+    parser.add_argument("--jobs", type=int, default=4, help="the most jobs, of one worker each (default: 4)")
+    parser.add_argument("--cores", type=int, default=8, help="cores of a job (default: 8)")
+    parser.add_argument("--memory", default="32GiB", help="memory of a job; half of it is the run's budget on each node")
+    parser.add_argument("--queue", help="Slurm's partition")
+    parser.add_argument("--walltime", default="04:00:00", help="time of a job (default: 4 hours)")
+    parser.add_argument("--time-limit", type=parse_duration, help="end in this time, with all work saved and exit code 75")
+    parser.add_argument("--shared", default=str(Path.cwd()), help="folder that all nodes see, for certificates and logs")
+    return parser.parse_args(arguments)
+
+
+def make_cluster(asked: argparse.Namespace) -> SLURMCluster:
+    """A cluster without workers yet, and with TLS."""
+    return SLURMCluster(
+        cores=asked.cores,
+        processes=1,
+        memory=asked.memory,
+        queue=asked.queue,
+        walltime=asked.walltime,
+        nanny=False,  # a nanny gives its worker 8 s of the grace of a preemption
+        worker_extra_args=["--memory-limit", "0"],  # Dask counts mapped files; the run's budget binds what it allocates
+        python=f"exec srun {sys.executable}",  # Slurm sends its signals to job steps, not to the shell of a batch job
+        job_extra_directives=["--requeue"],
+        log_directory=asked.shared,
+        security=True,
+        shared_temp_directory=asked.shared,
+    )
+
+
+def compute(cluster: Cluster, asked: argparse.Namespace) -> oocattn.Result:
+    """Compute causal attention on up to so many jobs of a cluster, or go on with it."""
+    cluster.adapt(minimum=asked.jobs, maximum=asked.jobs)  # jobs that end are submitted again
+    half = oocattn.units.parse_size(asked.memory) // 2
+    with Client(cluster) as client:
+        return oocattn.attention(
+            asked.inputs,
+            asked.result,
+            causal=True,
+            host_memory=half,
+            scratch="store" if "://" in asked.result else None,
+            time_limit=asked.time_limit,
+            client=client,
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The exit code."""
+    asked = parse(arguments)
+    try:
+        with make_cluster(asked) as cluster:
+            print(compute(cluster, asked).report)
+    except oocattn.TimeLimitError as error:
+        print(error, file=sys.stderr)
+        return TIME_LIMIT_REACHED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
