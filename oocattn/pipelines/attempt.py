@@ -178,7 +178,8 @@ class Attempt:
     def _finish(self, task: Task, outcome: TaskEvent | BaseException) -> None:
         """Pass on what a task did, or raise its error."""
         if isinstance(outcome, BaseException):
-            self._look_for_changes()  # a worker that leaves, or is gone, explains it
+            if not isinstance(outcome, TaintedError):
+                self._look_for_changes()  # a worker that leaves, or is gone, explains it
             self._check_workers()
             with naming(task.place):
                 raise outcome

@@ -21,7 +21,7 @@ from support import carry_out, plan_for
 import oocattn
 from oocattn import ProblemError
 from oocattn.pipelines.engines.dask import cluster, local_cluster
-from oocattn.pipelines.engines.dask.cluster import assign_devices, share_out, worker_addresses
+from oocattn.pipelines.engines.dask.cluster import assign_devices, room_on, share_out, worker_addresses
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 
 
@@ -71,6 +71,12 @@ def test_more_workers_than_gpus_are_spread_evenly(found: list[tuple[list[str], i
         shares = [taken[gpu] for gpu in gpus]
         assert sum(shares) == workers
         assert max(shares) - min(shares) <= 1
+
+
+def test_a_machine_is_the_host_of_an_address_and_has_room_for_so_many() -> None:
+    workers = ["tcp://10.0.0.1:1", "tls://10.0.0.1:2", "tcp://10.0.0.1:3", "tcp://10.0.0.2:1", "inproc://10.0.0.2/7/1"]
+    assert list(filter(room_on((), 2), workers)) == [*workers[:2], *workers[3:]]
+    assert list(filter(room_on(workers[:1], 2), workers[1:])) == [workers[1], *workers[3:]]
 
 
 def test_share_out_takes_the_first_of_equal_gpus() -> None:

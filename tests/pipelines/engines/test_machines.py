@@ -83,7 +83,7 @@ def test_workers_that_share_no_folder_need_job_state_in_the_store(several: Machi
     assert not list(here.iterdir())
 
 
-@pytest.mark.parametrize("partials", ["memory", "disk"])
+@pytest.mark.parametrize("partials", ["memory", pytest.param("disk", marks=pytest.mark.slow)])
 def test_a_worker_that_is_asked_to_end_hands_over_what_it_has(data: Path, partials: str) -> None:
     plan = plan_for(data, chunks=13, causal=True, lanes=2, partials=partials)
     recorder = Recorder([])
@@ -106,6 +106,27 @@ def test_a_worker_that_is_asked_to_end_hands_over_what_it_has(data: Path, partia
     assert len(recorder.of("attended")) <= plan.subproblems  # nothing was computed twice
 
 
+@pytest.mark.slow
+def test_the_last_worker_may_leave_before_another_comes(data: Path) -> None:
+    plan = plan_for(data, chunks=13, causal=True)
+    recorder = Recorder([])
+    with machines() as found:
+        upload(found, data)
+        found.start("a")
+        found.wait(1)
+
+        def exchange(event: Event) -> None:
+            if event.kind == "attended" and len(recorder.of("attended")) == 6:
+                found.processes["a"].send_signal(signal.SIGTERM)
+                found.start("b")
+
+        result = run_in_store(found, plan, "result", recorder, exchange)
+        assert_same_bits(result, uninterrupted(plan, data))
+    assert {event.worker for event in recorder.of("attended")} == {"a", "b"}
+    assert sum(event.workers_lost for event in recorder.of("recovered")) == 1
+
+
+@pytest.mark.slow
 def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -> None:
     plan = plan_for(data, chunks=13, causal=True, lanes=2, partials="memory")
     recorder = Recorder([])
@@ -125,6 +146,7 @@ def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -
     assert len(recorder.of("attended")) > plan.subproblems
 
 
+@pytest.mark.slow
 def test_machines_that_join_are_used_after_the_next_checkpoint(data: Path) -> None:
     plan = replace(plan_for(data, chunks=13, causal=True), checkpoint_seconds=0.4)
     recorder = Recorder([])
@@ -154,6 +176,7 @@ def test_budgets_bind_on_each_machine(several: Machines, data: Path, caplog: pyt
     assert "on each machine" in str(found.plan)
 
 
+@pytest.mark.slow
 def test_a_cluster_with_certificates_is_used_and_needs_them(data: Path, tmp_path: Path) -> None:
     security = Security.temporary()
     names = ("tls_ca_file", "tls_worker_cert", "tls_worker_key")

@@ -150,6 +150,15 @@ def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any
     return there
 
 
+def wait_for_others(client: Client, known: Container[str], seconds: float, check: Check) -> None:
+    """Wait, so many seconds at most, for a worker that is not known, also where none is left meanwhile."""
+    until = time.monotonic() + seconds
+    while all(address in known for address in living_workers(client)) and time.monotonic() < until:
+        wait_for_workers(client, 1, 0.0, until - time.monotonic(), check)
+        check()
+        time.sleep(0.1)
+
+
 def keeping_workers(client: Client, check: Check) -> Check:
     """The check, which also gives tasks to workers again and again: an adaptive cluster stops those without."""
     given = -math.inf

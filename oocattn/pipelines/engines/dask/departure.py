@@ -21,10 +21,9 @@ from distributed import Worker, WorkerPlugin
 from oocattn.pipelines.engines.dask.cluster import is_in_process
 from oocattn.pipelines.engines.dask.lane_plugin import PAUSE_SECONDS, LanePlugin
 
-GRACE_SECONDS = 30.0
-"""From SIGTERM to SIGKILL, as queues and clouds give it; the worker ends before."""
+HANDING_OVER_SECONDS = 20.0
+"""Seconds for tasks to end and for what is left to be saved: of the 30 s to SIGKILL that queues and clouds give."""
 
-HANDING_OVER_SECONDS = 24.0
 CLOSED_SECONDS = 4.0  # then, for the driver to close what has handed over,
 ANSWERED_SECONDS = 0.5  # and for it to hear of that
 

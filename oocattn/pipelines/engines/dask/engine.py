@@ -48,6 +48,7 @@ from oocattn.pipelines.engines.dask.cluster import (
     living_workers,
     room_on,
     scheduler_gone,
+    wait_for_others,
     wait_for_workers,
     warn_of_open_ports,
 )
@@ -66,6 +67,7 @@ from oocattn.planning.machine import MAX_LANES
 from oocattn.planning.plan import Plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
+from oocattn.units import format_seconds
 
 Key = tuple[str, int, int]
 """A task's key at the scheduler: group (step and run), head group, index."""
@@ -296,7 +298,13 @@ class DaskEngine(Engine):
         count, check = self.lane_count if replacements else 1, keeping_workers(self._client, check)
         if not wait_for_workers(self._client, count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
             raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
-        self._take(enlist_again(self._client, self._expected, check))
+        roll = enlist_again(self._client, self._expected, check)
+        if roll.only_leaving:
+            seconds = LAST_REPLACEMENT_SECONDS
+            logger.warning("the last workers leave: waiting for others, %s at most", format_seconds(seconds))
+            wait_for_others(self._client, roll.asked, seconds, check)
+            roll = enlist_again(self._client, self._expected, check)
+        self._take(roll)
 
     def _take(self, roll: Roll) -> None:
         """Have the ready ones of these workers take part; WorkerLostError where none is left."""

@@ -50,11 +50,18 @@ logger = logging.getLogger("oocattn")
 
 @dataclass(frozen=True)
 class Roll:
-    """Workers that are ready, by address, what is wrong with others, by name, and the addresses of all that were asked."""
+    """Workers that are ready, by address, what is wrong with others, by name, and the addresses of all that were
+    asked, and of those that are to end."""
 
     ready: Mapping[str, WorkerState]
     wrong: Mapping[str, Sequence[str]] = field(default_factory=dict)
     asked: Collection[str] = ()
+    leaving: Collection[str] = ()
+
+    @property
+    def only_leaving(self) -> bool:
+        """Whether nobody is ready, and some will not be because they were asked to end."""
+        return not self.ready and bool(self.leaving)
 
     @property
     def ids(self) -> dict[str, str]:
@@ -137,7 +144,8 @@ def call_roll(client: Client, expected: Expectations, check: Check) -> Roll:
             wrong[f"worker {address}{hosts[address]}"] = reasons
         else:
             ready[address] = each
-    return Roll(ready, wrong, hosts)
+    leaving = [address for address, each in seen.items() if isinstance(each, WorkerState) and each.leaving]
+    return Roll(ready, wrong, hosts, leaving)
 
 
 def _software_faults(answer: object, here: Mapping[str, str]) -> list[str]:
