@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from support import normal_arrays, write_dataset
 
 import oocattn
 
+on_interrupt = signal.getsignal(signal.SIGINT)
+pytest.importorskip("dask_jobqueue")  # which adds its defaults to Dask's configuration, and ends the process on Ctrl-C
+signal.signal(signal.SIGINT, on_interrupt)
+asyncssh = pytest.importorskip("asyncssh")
+
 
 def example(name: str) -> ModuleType:
     """An example as a module."""
@@ -31,7 +37,6 @@ def example(name: str) -> ModuleType:
 
 @pytest.fixture
 def slurm() -> ModuleType:
-    pytest.importorskip("dask_jobqueue")
     return example("slurm")
 
 
@@ -70,7 +75,6 @@ def test_the_slurm_example_ends_at_its_limit_and_continues(
 @contextmanager
 def ssh_server() -> Iterator[dict[str, Any]]:
     """A server on the loopback that runs what it is sent, for anyone; yields how to connect."""
-    asyncssh = pytest.importorskip("asyncssh")
 
     class Server(asyncssh.SSHServer):  # type: ignore[misc, name-defined]
         def begin_auth(self, username: str) -> bool:

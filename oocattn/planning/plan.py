@@ -30,6 +30,9 @@ from oocattn.units import MOST_SECONDS, format_seconds
 FORMAT = 1
 """Of the JSON document."""
 
+STOP_SECONDS = 1.0  # in which lanes stop and begin again, besides the subproblem in flight
+STOPS_APART = 5  # by how many times as long lanes work before they stop for others
+
 
 @dataclass(frozen=True)
 class Link:
@@ -180,11 +183,14 @@ class Plan(Shown):
 
     @property
     def joining_seconds(self) -> float:
-        """Seconds after which lanes stop for workers that have joined: as often as a checkpoint would be made.
+        """Seconds after which lanes stop for workers that have joined, so that stops take a sixth of the time at most.
 
-        Inf where stopping would lose what lanes hold in memory.
+        They are no more than a checkpoint takes to come, and Inf where stopping would lose what lanes hold in memory.
         """
-        return self.checkpoint_seconds / 2 if self.saves or self.partials == "disk" else inf
+        if self.partials == "memory" and not self.saves:
+            return inf
+        often = STOPS_APART * (STOP_SECONDS + self.subproblem_seconds)
+        return min(often, self.checkpoint_seconds / 2) if self.checkpoint_seconds else often
 
     @property
     def saving_seconds(self) -> float:

@@ -58,7 +58,10 @@ def upload(found: Machines, data: Path) -> None:
 
 
 def run_in_store(found: Machines, plan: Plan, name: str, *callbacks: Any, **place: Any) -> oocattn.Result:
-    """Run a plan on the workers, over the dataset in the store and to a result there."""
+    """Run a plan on the workers, over the dataset in the store and to a result there.
+
+    Names of results are each test's own: servers of moto in one process hold the same objects.
+    """
     opened = Dataset.open(f"s3://{BUCKET}/dataset.zarr", storage_options=found.s3)
     paths = ResultPaths.at(f"s3://{BUCKET}/{name}.zarr", **{"scratch": "store", "storage_options": found.s3, **place})
     return run_plan(plan, Request(plan.problem, opened, paths), DaskEngine(found.client), callbacks=callbacks)
@@ -97,7 +100,7 @@ def test_a_worker_that_is_asked_to_end_hands_over_what_it_has(data: Path, partia
             if event.kind == "attended" and len(recorder.of("attended")) == 6:
                 found.processes["a"].send_signal(signal.SIGTERM)
 
-        result = run_in_store(found, plan, "result", recorder, preempt)
+        result = run_in_store(found, plan, f"preempted-{partials}", recorder, preempt)
         assert found.processes["a"].wait(30) in (0, -signal.SIGTERM)
         assert_same_bits(result, uninterrupted(plan, data))
     (recovered,) = recorder.of("recovered")
@@ -120,7 +123,7 @@ def test_the_last_worker_may_leave_before_another_comes(data: Path) -> None:
                 found.processes["a"].send_signal(signal.SIGTERM)
                 found.start("b")
 
-        result = run_in_store(found, plan, "result", recorder, exchange)
+        result = run_in_store(found, plan, "exchanged", recorder, exchange)
         assert_same_bits(result, uninterrupted(plan, data))
     assert {event.worker for event in recorder.of("attended")} == {"a", "b"}
     assert sum(event.workers_lost for event in recorder.of("recovered")) == 1
@@ -140,7 +143,7 @@ def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -
             if event.kind == "attended" and len(recorder.of("attended")) == 6:
                 os.kill(found.processes["a"].pid, signal.SIGKILL)
 
-        result = run_in_store(found, plan, "result", recorder, kill)
+        result = run_in_store(found, plan, "killed", recorder, kill)
         assert_same_bits(result, uninterrupted(plan, data))
     assert [event.workers_lost for event in recorder.of("recovered")] == [1]
     assert len(recorder.of("attended")) > plan.subproblems
@@ -160,7 +163,7 @@ def test_machines_that_join_are_used_after_the_next_checkpoint(data: Path) -> No
                 found.start("b", count=2)
                 found.wait(3)
 
-        result = run_in_store(found, plan, "result", recorder, join)
+        result = run_in_store(found, plan, "joined", recorder, join)
         assert_same_bits(result, uninterrupted(plan, data))
     (recovered,) = recorder.of("recovered")
     assert recovered.error.startswith("2 workers joined")
@@ -194,7 +197,7 @@ def test_a_cluster_with_certificates_is_used_and_needs_them(data: Path, tmp_path
         found.wait(1)
         address = str(found.client.scheduler.address)
         assert address.startswith("tls://")
-        result = run_in_store(found, plan, "result", recorder)
+        result = run_in_store(found, plan, "encrypted", recorder)
         assert_same_bits(result, uninterrupted(plan, data))
         with pytest.raises(ProblemError, match="one with certificates is at tls://, and Dask's configuration names them"):
             connect(address, 5.0)
