@@ -21,7 +21,7 @@ import oocattn
 from oocattn import Event, Plan, ProblemError
 from oocattn.pipelines import attempt
 from oocattn.pipelines.engines.dask.connecting import connect
-from oocattn.pipelines.engines.dask.engine import DaskEngine
+from oocattn.pipelines.engines.dask.engine import IMPORT, DaskEngine
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
 from oocattn.storage.inputs.dataset import Dataset
@@ -162,6 +162,7 @@ def test_machines_that_join_are_used_after_the_next_checkpoint(data: Path) -> No
             if event.kind == "attended" and len(recorder.of("attended")) == 4:
                 found.start("b", count=2)
                 found.wait(3)
+                found.client.run(eval, IMPORT)  # else the run may end before they have done it
 
         result = run_in_store(found, plan, "joined", recorder, join)
         assert_same_bits(result, uninterrupted(plan, data))

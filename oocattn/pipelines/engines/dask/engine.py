@@ -299,9 +299,9 @@ class DaskEngine(Engine):
         if not wait_for_workers(self._client, count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
             raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
         roll = enlist_again(self._client, self._expected, check)
-        if roll.only_leaving:
+        if roll.have_left:
             seconds = LAST_REPLACEMENT_SECONDS
-            logger.warning("the last workers leave: waiting for others, %s at most", format_seconds(seconds))
+            logger.warning("the last workers have left: waiting for others, %s at most", format_seconds(seconds))
             wait_for_others(self._client, roll.asked, seconds, check)
             roll = enlist_again(self._client, self._expected, check)
         self._take(roll)

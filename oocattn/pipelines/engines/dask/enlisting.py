@@ -59,9 +59,9 @@ class Roll:
     leaving: Collection[str] = ()
 
     @property
-    def only_leaving(self) -> bool:
-        """Whether nobody is ready, and some will not be because they were asked to end."""
-        return not self.ready and bool(self.leaving)
+    def have_left(self) -> bool:
+        """Whether nobody is ready, because all were asked to end or are gone."""
+        return not self.ready and (bool(self.leaving) or not self.wrong)
 
     @property
     def ids(self) -> dict[str, str]:
