@@ -37,6 +37,7 @@ from oocattn.units import format_seconds
 PROGRESS_SECONDS = 1.0  # seconds between two looks at how far subproblems in flight are
 WORKER_CHECK_SECONDS = 5.0  # seconds after which it is checked again whether the workers still live
 STOPPED_SECONDS = 5.0  # that a wait lasts too long, without work in this process, where it was stopped
+IN_FLIGHT = 2  # subproblems of a lane that others could not take over
 AT_ONCE = 1.0  # seconds in which lanes close after a second signal, or are left
 
 logger = logging.getLogger("oocattn")
@@ -169,8 +170,8 @@ class Attempt:
         if leaving:
             words = f"worker {', '.join(sorted(leaving))} was asked to end, and hands over what it has done"
             raise WorkersChangedError(words, len(leaving))
-        joined = self._lanes.joined()
-        if joined and self._to_attend > self._attending and time.monotonic() - self._began > self._run.plan.joining_seconds:
+        joined, more = self._lanes.joined(), self._to_attend > IN_FLIGHT * self._schedule.lanes
+        if joined and more and time.monotonic() - self._began > self._run.plan.joining_seconds:
             raise WorkersChangedError(
                 f"{len(joined)} worker{'s' * (len(joined) > 1)} joined: what is left is dealt out again"
             )

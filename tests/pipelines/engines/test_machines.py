@@ -151,7 +151,7 @@ def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -
 
 @pytest.mark.slow
 def test_machines_that_join_are_used_after_the_next_checkpoint(data: Path) -> None:
-    plan = replace(plan_for(data, chunks=13, causal=True), checkpoint_seconds=0.4)
+    plan = replace(plan_for(data, chunks=31, causal=True), checkpoint_seconds=0.4)
     recorder = Recorder([])
     with machines() as found:
         upload(found, data)
