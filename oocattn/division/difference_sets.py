@@ -21,6 +21,8 @@ from __future__ import annotations
 from itertools import accumulate, count, product
 from math import isqrt
 
+import numpy as np
+
 from oocattn.units import ceil_div
 
 
@@ -94,11 +96,14 @@ def _field(order: int) -> tuple[list[list[int]], list[list[int]]]:
             powers.append(tuple((s + powers[-1][-1] * r) % prime for s, r in zip(shifted, reduction, strict=True)))
         if len({zero, *powers}) == order:  # x generates every non-zero element
             break
-    elements = [zero, *powers]
-    number = {element: i for i, element in enumerate(elements)}
-    add = [[number[tuple((s + t) % prime for s, t in zip(x, y, strict=True))] for y in elements] for x in elements]
-    multiply = [[(i + j - 2) % (order - 1) + 1 if i and j else 0 for j in range(order)] for i in range(order)]
-    return add, multiply
+    elements = np.array([zero, *powers])
+    digits = prime ** np.arange(degree)
+    number = np.empty(order, np.int64)
+    number[elements @ digits] = np.arange(order)
+    add = number[(elements[:, None] + elements) % prime @ digits]
+    power = np.arange(order)
+    multiply = np.where(power[:, None] * power > 0, (power[:, None] + power - 2) % (order - 1) + 1, 0)
+    return add.tolist(), multiply.tolist()
 
 
 def _ruler_cover(modulus: int) -> list[int]:

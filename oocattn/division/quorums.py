@@ -83,23 +83,28 @@ class _Pattern:
 @lru_cache(maxsize=64)
 def _pattern(chunks: int) -> _Pattern:
     offsets = difference_cover(chunks)
-    query_offset = [0] * chunks
-    for x in offsets:
-        for y in offsets:
-            difference = (y - x) % chunks
-            if 0 < difference <= chunks // 2:
-                query_offset[difference] = x
-                query_offset[-difference] = y  # of c/2, its own opposite, this one stays
-    keys: dict[int, list[int]] = {x: [] for x in offsets}
-    query_gap, key_gap = dict.fromkeys(offsets, chunks), dict.fromkeys(offsets, chunks)
-    for difference in range(1, chunks):
-        x = query_offset[difference]
-        y = (x + difference) % chunks
-        keys[x].append(y)
-        query_gap[x] = min(query_gap[x], chunks - difference)
-        key_gap[y] = min(key_gap[y], chunks - difference)
+    x, y = (each.ravel() for each in np.meshgrid(offsets, offsets, indexing="ij"))
+    difference = (y - x) % chunks
+    near = (difference > 0) & (difference <= chunks // 2)
+    query_offset = np.zeros(chunks, np.int64)
+    query_offset[difference[near]] = x[near]
+    query_offset[-difference[near]] = y[near]  # of c/2, its own opposite, this one stays
+    differences = np.arange(1, chunks)
+    queries = query_offset[1:]
+    keys, gaps = (queries + differences) % chunks, chunks - differences
+    query_gap, key_gap = (np.full(chunks, chunks) for _ in range(2))
+    np.minimum.at(query_gap, queries, gaps)
+    np.minimum.at(key_gap, keys, gaps)
     query_gap[0] = key_gap[0] = 0
-    return _Pattern(offsets, tuple(query_offset), {x: tuple(ys) for x, ys in keys.items()}, query_gap, key_gap)
+    in_order = np.argsort(queries, kind="stable")
+    of_queries = np.split(keys[in_order], np.searchsorted(queries[in_order], offsets[1:]))
+    return _Pattern(
+        offsets,
+        tuple(query_offset.tolist()),
+        {offset: tuple(found.tolist()) for offset, found in zip(offsets, of_queries, strict=True)},
+        {offset: int(query_gap[offset]) for offset in offsets},
+        {offset: int(key_gap[offset]) for offset in offsets},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +203,12 @@ class CyclicQuorums:
             query, key = (sum(chunks - gap for gap in side) for side in gaps)
         return query, key
 
+    def keys_read(self, rows: Sequence[int]) -> int:
+        """Keys that the quorums need, each once for each quorum, where each key chunk has so many `rows`, all of them."""
+        if self.is_regular:
+            raise ValueError("all chunks are read alike")  # `chunk_reads` says how often
+        return int(self._needed[3] @ np.asarray(rows, np.int64))
+
     @property
     def is_regular(self) -> bool:
         """True if all pairs are live, or those up to the diagonal."""
@@ -221,11 +232,15 @@ class CyclicQuorums:
         return (query_chunk - offset) % self.chunks
 
     @cached_property
-    def _needed(self) -> tuple[int, int, tuple[int, ...]]:
-        """The query chunks and key chunks that all quorums need, and the quorums that need any: from every live pair."""
+    def _needed(self) -> tuple[int, int, tuple[int, ...], NDArray[np.int64]]:
+        """The query chunks and key chunks that all quorums need, and the quorums that need any: from every live pair.
+
+        Also how many of the quorums need each key chunk.
+        """
         chunks, matrix = self.chunks, self.live.matrix()
         query, key = (each.astype(np.int32) for each in np.nonzero(matrix))
         owner = self.owners(query, key)
         queries, keys = (np.zeros((chunks, chunks), bool) for _ in range(2))  # [chunk, quorum]
         queries[query, owner] = keys[key, owner] = True
-        return int(queries.sum()), int(keys.sum()), tuple(np.flatnonzero(queries.any(0)).tolist())
+        of_keys = keys.sum(1, dtype=np.int64)
+        return int(queries.sum()), int(of_keys.sum()), tuple(np.flatnonzero(queries.any(0)).tolist()), of_keys

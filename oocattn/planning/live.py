@@ -121,6 +121,8 @@ def shapes_of_documents(mask: Mask, rows: int) -> int:
 
 def keys_of_quorums(mask: Mask, grid: ChunkGrid, division: CyclicQuorums) -> int:
     """Keys that quorums stage, each of them those that any of its pairs needs, without the pairs one by one."""
+    if mask.is_full or (mask.is_triangular and is_square(mask, grid)):  # then every key of a chunk is needed, or none
+        return division.keys_read([len(grid.keys(chunk, mask.keys)) for chunk in range(grid.key_chunks)])
     owners, starts, stops = mask.live_keys_between(row_edges(grid, grid.chunk_rows))
     first, rows = starts // grid.key_chunk_rows, grid.key_chunk_rows
     chunks = (stops - 1) // rows - first + 1  # that each range of keys has a part in
