@@ -32,9 +32,9 @@ from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run, begin_run
 from oocattn.pipelines.session import run_plan
 from oocattn.planning.candidates import make_plan
-from oocattn.planning.cost import recost
 from oocattn.planning.machine import Hardware, Machine
 from oocattn.planning.reading import input_cost
+from oocattn.planning.recosting import recost
 from oocattn.planning.stored_plan import read_plan
 from oocattn.problem.given import DTYPES, GivenArrays
 from oocattn.problem.options import ProblemOptions

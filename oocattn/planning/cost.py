@@ -21,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
-from oocattn.planning.decoding import times_decoded
+from oocattn.planning.decoding import times_decoded, times_keys_decoded
 from oocattn.planning.interleaving import Holding, choose_holding
 from oocattn.planning.layout import Candidate, Layout, lay_out
 from oocattn.planning.live import keys_needed, row_edges, shapes_of_documents
@@ -43,11 +43,11 @@ from oocattn.planning.measured import (
     TASK_SHARE,
     TRIANGLE_ROWS,
 )
-from oocattn.planning.memory import Tiles, partial_file_bytes, sending_bytes, sums_bytes
+from oocattn.planning.memory import Tiles, partial_file_bytes, sums_bytes
 from oocattn.planning.plan import Link, Plan
+from oocattn.planning.waiting import asking, reading, sending
 from oocattn.planning.work import Work, work_of
 from oocattn.problem.arrays import DTYPES
-from oocattn.problem.calls import ScratchBytes
 from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
 
@@ -55,15 +55,6 @@ LAST_TASKS = 4  # tasks one after another: the first stage and attend, the last 
 PIECE = 16  # subproblems of a lane, with a chunk each, whose tasks are submitted to the scheduler together
 WINDOW = 32  # subproblems of a lane that wait at the scheduler, to hide a round trip: fewer, and more are submitted
 MOST_UNFINISHED = 4 * WINDOW  # tasks of a lane, of any layer, that may wait there before no more are submitted
-
-
-def recost(plan: Plan, scratch_bytes: ScratchBytes) -> Plan:
-    """Compute again all that follows from the choices in a plan, as `cost` does."""
-    hardware = Hardware(**asdict(plan.machine), scratch_bytes=scratch_bytes)
-    chunks = plan.query_chunks, plan.chunks, plan.span
-    candidate = Candidate(plan.decomposition, *chunks, plan.partials, plan.accumulators)
-    chosen = (hardware, plan.inputs, plan.device_memory, plan.host_memory, plan.checkpoint_seconds)
-    return cost(candidate, plan.problem, *chosen, tiles=plan.tiles, to_store=plan.to_store)
 
 
 def cost(
@@ -79,10 +70,9 @@ def cost(
     to_store: bool = False,
 ) -> Plan:
     """Cost one candidate: tiles (unless given), memory, bytes a link and seconds."""
-    layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.sharing_lanes, tiles)
-    host = layout.host + (sending_bytes(problem, hardware.device, layout.out_chunk_rows) if to_store else 0)
-    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.sharing_lanes - host)
-    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding)
+    layout = lay_out(candidate, problem, hardware, inputs, device_memory // hardware.sharing_lanes, tiles, to_store=to_store)
+    holding = choose_holding(problem, inputs, hardware.lanes, host_memory // hardware.sharing_lanes - layout.host)
+    run = _Run(candidate, layout, problem, hardware, inputs, checkpoint_seconds, holding, to_store)
     return Plan(
         problem=problem,
         machine=hardware.machine,
@@ -97,7 +87,7 @@ def cost(
         out_chunk_rows=layout.out_chunk_rows,
         slot_bytes=layout.slot,
         peak_device=layout.device * hardware.sharing_lanes,
-        peak_host=(host + holding.nbytes) * hardware.sharing_lanes,
+        peak_host=(layout.host + holding.nbytes) * hardware.sharing_lanes,
         scratch_disk=math.ceil(run.scratch_disk),
         links=run.links,
         seconds=run.seconds,
@@ -119,6 +109,7 @@ class _Run:
     inputs: InputCost
     checkpoint_seconds: float
     holding: Holding
+    to_store: bool
 
     @cached_property
     def links(self) -> tuple[Link, ...]:
@@ -140,6 +131,7 @@ class _Run:
         files = seconds["write"] + seconds["files"] - last_files  # that are written while others compute
         longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], files)
         before_and_after = self._fill() + self._last_share * seconds["write"] + last_files
+        before_and_after += asking(self.inputs, to_store=self.to_store)
         return RUN_SECONDS + longest + before_and_after + LAST_TASKS * self.hardware.task_seconds
 
     @property
@@ -251,9 +243,13 @@ class _Run:
         else:
             unit = self.inputs.align_rows
             decoded = queries * times_decoded(problem.queries, self.layout.chunk_rows, unit)
-            decoded += keys * times_decoded(problem.keys, self.layout.grid.key_chunk_rows, unit)
+            times = [times_keys_decoded(work.mask, self.layout.grid, unit) for work in self._work]
+            of_keys = sum(work.head_groups * work.keys * each for work, each in zip(self._work, times, strict=True))
+            decoded += of_keys * problem.kv_row_bytes
         in_python = self._gap_reads * READ_SECONDS if hardware.device == "cuda" else 0.0
-        return Link("read", amount, max(seconds, decoded / self.inputs.decode_rate) + in_python)
+        seconds = max(seconds, decoded / self.inputs.decode_rate)
+        in_slots = self._total(lambda work: work.subproblems), self._compute_seconds
+        return Link("read", amount, max(seconds, reading(seconds, *in_slots, self.inputs, hardware)) + in_python)
 
     def _copy(self) -> Link:
         problem, tiles = self.problem, self.layout.tiles
@@ -315,7 +311,10 @@ class _Run:
     def _write(self) -> Link:
         problem = self.problem
         written = problem.rows * (problem.columns * DTYPES[problem.out_dtype] + 4)  # of out and lse
-        return Link("write", written, written / self.hardware.write_rate)
+        seconds = written / self.hardware.write_rate
+        if self.to_store:
+            seconds = sending(written, problem, self.layout.out_chunk_rows, self.inputs, self.hardware)
+        return Link("write", written, seconds)
 
     def _files(self) -> Link:
         """Durable files: partials or checkpoints, `out` and `lse`, and journal entries."""

@@ -54,7 +54,14 @@ class Layout:
 
 
 def lay_out(
-    candidate: Candidate, problem: Problem, hardware: Hardware, inputs: InputCost, device_memory: int, tiles: Tiles | None
+    candidate: Candidate,
+    problem: Problem,
+    hardware: Hardware,
+    inputs: InputCost,
+    device_memory: int,
+    tiles: Tiles | None,
+    *,
+    to_store: bool,
 ) -> Layout:
     """Chunks, tiles (unless given, the largest that fit `device_memory`) and what one lane allocates for them."""
     chunk_rows, out_chunk_rows = _chunk_rows(problem, problem.out_rows, candidate.query_chunks, hardware, inputs)
@@ -63,7 +70,8 @@ def lay_out(
     query_chunks, keys = _most_staged(candidate, problem, grid)
     slot = slot_bytes(problem, query_chunks * chunk_rows, keys)
     totals = totals_bytes(problem, chunk_rows, keys) if hardware.device == "cuda" else 0
-    buffers = Buffers(slot, chunk_rows, out_chunk_rows, candidate.partials, candidate.accumulators, hardware.device)
+    device, states = hardware.device, (candidate.partials, candidate.accumulators)
+    buffers = Buffers(slot, chunk_rows, out_chunk_rows, *states, device, to_store)
 
     def laid_out(tiles: Tiles) -> Layout:
         rows, of_call = (chunk_rows, keys) if hardware.device == "cpu" else (tiles.query, tiles.key)

@@ -92,7 +92,9 @@ class InputCost:
 
     `decode_bytes` is the transient host memory of one read and `decode_rate` bytes/s, both through Zarr's codecs; chunks
     of tokens are best aligned to `align_rows`; `notes` say so in words. `shared_heads` has the tensors of which other heads
-    are read as soon as one is, and how many; `packed` says that q, k and v lie in one, and are read together.
+    are read as soon as one is, and how many; `packed` says that q, k and v lie in one, and are read together. Where a store
+    lets each request wait, for `latency` seconds, `ahead` bytes are decoded at a time by several reads, which `decode_bytes`
+    counts; 0 stands for one read at a time.
     """
 
     decode_bytes: Count = 0
@@ -101,3 +103,5 @@ class InputCost:
     notes: tuple[str, ...] = ()
     shared_heads: Annotated[Mapping[str, Positive], ADDED] = field(default_factory=dict)
     packed: Annotated[bool, ADDED] = False
+    ahead: Annotated[Count, ADDED] = 0
+    latency: Annotated[Seconds, ADDED] = 0.0

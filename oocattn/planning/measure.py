@@ -30,7 +30,6 @@ from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.state import AttentionState
 from oocattn.plain_threads import plain_threads
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
-from oocattn.planning.cost import recost
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_rates
 from oocattn.planning.layout import call_size
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
@@ -39,6 +38,7 @@ from oocattn.planning.memory import totals_bytes
 from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
+from oocattn.planning.recosting import recost
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores

@@ -22,6 +22,9 @@ FINALISED_ROWS = 32768  # rows of one head that a GPU finalises at a time
 WRITERS = {"cpu": 1, "cuda": 4}  # threads that write chunks of `out`: one makes checksums and copies of 0.6 GB/s
 OUT_BLOCKS = {"cpu": 1, "cuda": 5}  # chunks of `out` that a lane holds: on a GPU one is finalised, others are written
 SENT_COPIES = 4  # of a chunk of `out` on its way to a store: ours, and those of the libraries that send it (3.9 with s3fs)
+SENT_BYTES, MOST_WRITERS = 16 << 20, 16
+"""Bytes of chunks of `out` that are sent to a store at a time, and the threads that do, at most."""
+
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
 TOTALS_SLOTS = PARTIAL_BUFFERS["cuda"] + 1  # sums over the rows of blocks on a GPU, and those before a tile
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
@@ -49,6 +52,7 @@ class Buffers:
     partials: str
     accumulators: int
     device: str
+    to_store: bool = False
 
     def states(self) -> dict[str, tuple[int, int]]:
         """Number and rows of states: accumulators and, on disk, buffers and blocks."""
@@ -66,9 +70,17 @@ class Buffers:
         """Bytes of the allocation of a chunk of `out` and `lse`."""
         return self.out_chunk_rows * (problem.columns * DTYPES[problem.out_dtype] + 4) + 2 * ALIGNMENT
 
+    def writers(self, problem: Problem) -> int:
+        """Threads that write chunks of `out`."""
+        return count_writers(problem, self.device, self.out_chunk_rows, to_store=self.to_store)
+
+    def out_blocks(self, problem: Problem) -> int:
+        """Chunks of `out` that a lane holds: for a store one is finalised while all writers send others."""
+        return self.writers(problem) + 1 if self.to_store else OUT_BLOCKS[self.device]
+
     def nbytes(self, problem: Problem) -> int:
         """Bytes of all, as they are allocated."""
-        allocations = [(STAGING_SLOTS[self.device], self.slot), (OUT_BLOCKS[self.device], self.out_bytes(problem))]
+        allocations = [(STAGING_SLOTS[self.device], self.slot), (self.out_blocks(problem), self.out_bytes(problem))]
         allocations += [(count, self.state_bytes(problem, rows)) for count, rows in self.states().values()]
         return sum(count * (size if self.device == "cpu" else _in_segments(size)) for count, size in allocations)
 
@@ -121,7 +133,8 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
     """
     asked = problem.second_pass
     numbers = KEY_NUMBER_BYTES * keys if asked is not None and asked.reduced is not None else 0
-    host = buffers.nbytes(problem) + MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + numbers
+    host = buffers.nbytes(problem) + sending_bytes(problem, buffers)
+    host += MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + numbers
     if buffers.device == "cuda":
         totals = totals_bytes(problem, buffers.chunk_rows, keys)
         return device_arena_bytes(problem, tiles, buffers.partials, totals) + kernel_scratch, host + totals
@@ -129,10 +142,18 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
     return STAGING_SLOTS["cpu"] * buffers.slot + working, host + working
 
 
-def sending_bytes(problem: Problem, device: str, out_chunk_rows: int) -> int:
-    """Host memory of a lane, in bytes, for chunks of `out` on their way to a store."""
-    row_bytes = problem.columns * DTYPES[problem.out_dtype]
-    return SENT_COPIES * WRITERS[device] * out_chunk_rows * row_bytes
+def count_writers(problem: Problem, device: str, out_chunk_rows: int, *, to_store: bool) -> int:
+    """Threads of a lane that write chunks of `out`: to a store two at least, so that one's request waits alone."""
+    if not to_store:
+        return WRITERS[device]
+    enough = SENT_BYTES // (out_chunk_rows * problem.columns * DTYPES[problem.out_dtype])
+    return max(WRITERS[device], 2, min(MOST_WRITERS, enough))
+
+
+def sending_bytes(problem: Problem, buffers: Buffers) -> int:
+    """Host memory of a lane, in bytes, for chunks of `out` on their way to a store; 0 where they go to files."""
+    chunk = buffers.out_chunk_rows * problem.columns * DTYPES[problem.out_dtype]
+    return SENT_COPIES * buffers.writers(problem) * chunk if buffers.to_store else 0
 
 
 def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str, totals: int = 0) -> int:

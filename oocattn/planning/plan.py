@@ -147,7 +147,8 @@ class Plan(Shown):
     @property
     def buffers(self) -> Buffers:
         """Host memory of a lane."""
-        return Buffers(self.slot_bytes, self.chunk_rows, self.out_chunk_rows, self.partials, self.accumulators, self.device)
+        rows = self.chunk_rows, self.out_chunk_rows
+        return Buffers(self.slot_bytes, *rows, self.partials, self.accumulators, self.device, self.to_store)
 
     @cached_property
     def subproblems(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +16,12 @@ from numpy.typing import NDArray
 from oocattn.planning.machine import InputCost
 from oocattn.planning.timing import undisturbed_seconds
 from oocattn.problem.problem import Problem
+from oocattn.storage.inputs.ahead import MOST_READS, Window, cut_at_multiples
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.held import lie_together
 from oocattn.storage.inputs.source import TensorSource
 from oocattn.threads import ThreadPool
+from oocattn.units import format_bytes
 
 SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast that is
 
@@ -29,6 +33,21 @@ ROUNDS, ROUND_SECONDS = 3, 0.3
 """The most samples of which the fastest counts, each of other places, and seconds after which no more are taken."""
 
 FEW = 16  # parts of a file whose heads are read together, of which the samples have one at most
+
+ASKED = 3  # requests for next to nothing of which the fastest says how long a store lets each wait
+
+SHORT_LATENCY = 0.002
+"""Seconds of waiting up to which one read at a time has most of the rate."""
+
+LEAST_AHEAD, MOST_AHEAD = 16 << 20, 256 << 20
+"""Bytes that are read ahead where requests wait: what some ten connections have under way, and a hundred."""
+
+WAITS_AHEAD = 3
+"""How many times what comes in the time that a request waits is read ahead: for indices of shards, for their chunks, and
+what is being decoded."""
+
+AHEAD_SHARE = 0.25
+"""Share of the host memory that decoding what is read ahead may take."""
 
 ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
@@ -91,22 +110,55 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
     recorded = tuple(filter(None, [dataset.words(problem)]))
     if not slow:
         return replace(found, notes=recorded)
-    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory) for array in slow}
+    remote = [array for array in slow if array.is_remote]
+    latency = _latency(remote)
+    ahead = _most_ahead(remote, host_memory) if latency > SHORT_LATENCY else 0
+    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory, ahead, latency) for array in slow}
     decoded = tuple(
         f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
         for array in slow
     )
-    align_rows = max(array.chunk_rows for array in slow)
-    return replace(found, decode_rate=min(rates.values()), align_rows=align_rows, notes=recorded + decoded)
+    found = replace(found, decode_rate=min(rates.values()), align_rows=max(array.chunk_rows for array in slow))
+    if not ahead:
+        return replace(found, notes=recorded + decoded)
+    fastest = max(rates[array.spec.name] for array in remote)
+    ahead = min(ahead, max(LEAST_AHEAD, 1 << math.ceil(WAITS_AHEAD * latency * fastest).bit_length()))
+    memory = max(found.decode_bytes, *(array.decode_bytes_ahead(ahead) for array in remote))
+    words = f"requests wait {latency * 1e3:.0f} ms: {format_bytes(ahead)} are read ahead"
+    return replace(found, decode_bytes=memory, latency=latency, ahead=ahead, notes=(*recorded, *decoded, words))
 
 
-def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -> float:
-    """Bytes per second at which parts of an array can be read, whatever is cached, within `host_memory` bytes."""
+def _latency(remote: Sequence[TensorSource]) -> float:
+    """Seconds that a small request to the stores of arrays takes, at least; 0 without one."""
+    seconds = []
+    for array in itertools.islice(itertools.cycle(remote), ASKED):
+        began = time.perf_counter()
+        array.ask()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds, default=0.0)
+
+
+def _most_ahead(remote: Sequence[TensorSource], host_memory: int) -> int:
+    """The most bytes that may be read ahead: decoding them takes a share of the host memory; 0 where no read does."""
+    ahead = MOST_AHEAD
+    while ahead and max(array.decode_bytes_ahead(ahead) for array in remote) > AHEAD_SHARE * host_memory:
+        ahead = ahead // 2 if ahead > LEAST_AHEAD else 0
+    return ahead
+
+
+def read_rate(
+    dataset: Dataset, name: str, problem: Problem, host_memory: int, ahead: int = 0, latency: float = 0.0
+) -> float:
+    """Bytes per second at which parts of an array can be read, whatever is cached, within `host_memory` bytes.
+
+    Where so many bytes are read `ahead`, `latency` seconds are those before the first of them come.
+    """
     array = dataset.arrays[name]
     row = () if name == "key_bias" else array.spec.shape[-1:]
     row_bytes = math.prod(row) * array.dtype.itemsize
     tokens = problem.queries if name == "q" else problem.keys
-    most = min(4 * SAMPLE_BYTES, host_memory - array.decode_bytes)
+    ahead = ahead if array.is_remote else 0
+    most = min(4 * SAMPLE_BYTES, host_memory - (array.decode_bytes_ahead(ahead) if ahead else array.decode_bytes))
     rows = min(tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
     if rows < 1:
         return ASSUMED_RATE
@@ -114,7 +166,32 @@ def read_rate(dataset: Dataset, name: str, problem: Problem, host_memory: int) -
 
     def read(part: int) -> int:
         start = part * rows % (tokens - rows + 1)
-        array.read_rows(0, 0, start, start + rows, buffer)
+        if ahead:
+            _read_ahead(array, range(start, start + rows), buffer, ahead)
+        else:
+            array.read_rows(0, 0, start, start + rows, buffer)
         return buffer.nbytes
 
-    return _best_rate(read)
+    if not ahead:
+        return _best_rate(read)
+    array.read_rows(0, 0, 0, 1, buffer[:1])  # what is asked first of a shard is its index
+    began = time.perf_counter()
+    nbytes = read(0)
+    seconds = time.perf_counter() - began  # the store sends on while threads wait for a core
+    return nbytes / max(seconds - min(latency, seconds / 2), 1e-6)
+
+
+def _read_ahead(array: TensorSource, tokens: range, buffer: NDArray[Any], ahead: int) -> None:
+    """Read tokens of the first head by reads that are under way together, as a run does."""
+    window = Window(ahead)
+
+    def read(part: range) -> None:
+        taken = window.take(array.decoded_bytes(part.start, part.stop))
+        try:
+            array.read_rows(0, 0, part.start, part.stop, buffer[part.start - tokens.start : part.stop - tokens.start])
+        finally:
+            window.give(taken)
+
+    with ThreadPool(MOST_READS, "oocattn-sample") as pool:
+        for _ in pool.map(read, cut_at_multiples(tokens, array.ahead_rows)):
+            pass

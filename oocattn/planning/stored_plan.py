@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from oocattn.planning.cost import recost
 from oocattn.planning.options import MAX_CHUNKS, MAX_SUBPROBLEMS
 from oocattn.planning.plan import Plan
+from oocattn.planning.recosting import recost
 from oocattn.problem.calls import ScratchBytes
 from oocattn.problem.given import GivenArrays
 from oocattn.problem.problem import with_given

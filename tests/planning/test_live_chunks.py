@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from reference import mask_by_definition
 
-from oocattn.planning.live import MOST_PRUNED, ChunkGrid, keys_needed, live_pairs, row_edges
+from oocattn.division.quorums import CyclicQuorums
+from oocattn.planning.decoding import times_keys_decoded
+from oocattn.planning.live import MOST_PRUNED, ChunkGrid, keys_needed, keys_of_quorums, live_pairs, row_edges
 from oocattn.problem.mask import Mask
 from oocattn.units import ceil_div
 
@@ -80,6 +82,39 @@ def test_keys_needed_are_those_that_a_piece_of_rows_attends(data: st.DataObject,
         for start in range(rows.start, rows.stop, step):
             needed.append(int(matrix[start : min(start + step, rows.stop)].any(0).sum()))
     assert keys_needed(mask, grid, step) == (sum(needed), max(needed))
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_keys_of_quorums_are_those_that_their_pairs_need(data: st.DataObject) -> None:
+    mask, matrix = data.draw(masks())
+    grid = data.draw(grids(*matrix.shape))
+    assume(grid.query_chunks == grid.key_chunks)
+    division = CyclicQuorums(live_pairs(mask, grid))
+    assume(not division.is_regular)
+    needed = np.zeros((division.chunks, mask.keys), bool)
+    for query in range(grid.query_chunks):
+        rows = grid.rows(query)
+        for key in live_pairs(mask, grid).keys(query):
+            keys = grid.keys(key, mask.keys)
+            needed[division.owner(query, key), keys.start : keys.stop] |= matrix[
+                rows.start : rows.stop, keys.start : keys.stop
+            ].any(0)
+    assert keys_of_quorums(mask, grid, division) == needed.sum()
+
+
+@given(st.data(), st.integers(2, 9))
+@settings(max_examples=200, deadline=None)
+def test_keys_decoded_are_those_of_the_chunks_that_rows_touch(data: st.DataObject, unit: int) -> None:
+    mask, matrix = data.draw(masks())
+    grid = data.draw(grids(*matrix.shape))
+    assume(not mask.is_simple and grid.key_chunk_rows % unit == 0)
+    touched = needed = 0
+    for chunk in range(grid.query_chunks):
+        attended = matrix[grid.rows(chunk).start : grid.rows(chunk).stop].any(0)
+        needed += int(attended.sum())
+        touched += sum(unit for low in range(0, mask.keys, unit) if attended[low : low + unit].any())
+    assert times_keys_decoded(mask, grid, unit) == max(1.0, touched / max(1, needed))
 
 
 @given(st.data(), st.integers(1, 20))

@@ -25,7 +25,6 @@ from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
 from oocattn.pipelines.lane.partials.store import MergedChunk, PartialStore
 from oocattn.pipelines.watch.events import Merged, Span, Written
 from oocattn.plain_threads import plain_threads
-from oocattn.planning.memory import WRITERS
 from oocattn.planning.plan import Plan
 from oocattn.records import to_json
 from oocattn.storage.journal.journal import Journal
@@ -91,7 +90,7 @@ class Finisher:
         self._journal = journal
         self._blocks = blocks
         self._finalise = finalise
-        threads = {"merge": 1, "check": 1, "divide": 1, "write": WRITERS[plan.device]}
+        threads = {"merge": 1, "check": 1, "divide": 1, "write": plan.buffers.writers(plan.problem)}
         self._collector, self._checker, self._divider, self._writers = (
             plain_threads(count, f"oocattn-{work}", cores) for work, count in threads.items()
         )

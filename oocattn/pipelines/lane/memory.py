@@ -17,7 +17,7 @@ import torch
 from oocattn.errors import BudgetError
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.failing import SET_UP, naming
-from oocattn.planning.memory import ALIGNMENT, OUT_BLOCKS, STAGING_SLOTS
+from oocattn.planning.memory import ALIGNMENT, STAGING_SLOTS
 from oocattn.planning.plan import Plan
 from oocattn.units import format_bytes, round_up
 
@@ -122,7 +122,7 @@ class HostMemory:
             slot.set_result(self._take(plan.slot_bytes))
             for _ in range(min(FIRST_STATES, len(waiting))):
                 self._add_state(*waiting.pop())  # blocks and buffers before accumulators
-        for _ in range(OUT_BLOCKS[plan.device]):
+        for _ in range(buffers.out_blocks(plan.problem)):
             arena = Arena(self._take(buffers.out_bytes(plan.problem)))
             # At the beginning of a page, where memory is pinned: so it can be written to disk directly.
             out = arena.take((1, plan.out_chunk_rows, plan.problem.columns), getattr(torch, plan.problem.out_dtype))

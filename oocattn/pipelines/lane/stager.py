@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from oocattn import clock
@@ -22,14 +17,14 @@ from oocattn.operations.base import Input
 from oocattn.operations.staging import MOST_KEPT_DOCUMENTS, Run, StagedRows, stage_rows
 from oocattn.operations.tiles import pieces
 from oocattn.pipelines.lane.memory import as_numpy
-from oocattn.pipelines.lane.not_finite import count_not_finite
+from oocattn.pipelines.lane.readers import Read, Readers
 from oocattn.pipelines.watch.events import Span, Staged
 from oocattn.planning.interleaving import held_heads, held_tokens
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
+from oocattn.storage.inputs.ahead import cut_at_multiples
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.held import Rows, hold
-from oocattn.threads import ThreadPool
 from oocattn.units import round_up
 
 KEPT_SUBPROBLEMS = 256  # whose rows are kept for the next head group
@@ -102,13 +97,11 @@ class Stager:
         held, tokens = held_heads(plan.problem, plan.inputs, plan.held_groups), held_tokens(plan.problem, plan.inputs)
         self._arrays = hold(dataset.arrays, held, tokens)
         self._slots = slots
-        self._step = step
         self._turns = Turns("stage", len(slots))
         self._staged: dict[int, StagedChunks] = {}
         self._rows: dict[tuple[Mask, int], StagedRows] = {}
-        self._readers = ThreadPool(readers, "oocattn-read")
-        self._one_reader = readers == 1
-        self._decoding = threading.Lock()
+        self._ahead = plan.inputs.ahead
+        self._readers = Readers(readers, self._ahead, step)
 
     def stage(self, turn: int, head_group: int, index: int, wanted: Collection[int] | None = None) -> Staged:
         """Read a subproblem into a staging slot; `turn` counts this lane's from 0.
@@ -124,7 +117,7 @@ class Stager:
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
         self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, rows, chunks)
         reads = list(self._reads(staged))
-        arrays, found = set(), list(self._read_all(reads))
+        arrays, found = set(), self._readers.carry_out(reads)
         for read, (_, not_finite) in zip(reads, found, strict=True):
             if not_finite and read.counted_for is not None:
                 staged.not_finite[read.counted_for] += not_finite
@@ -147,7 +140,7 @@ class Stager:
 
     def close(self) -> None:
         """Let go of what was staged; nothing is read any more."""
-        self._readers.shutdown()
+        self._readers.close()
         self._staged.clear()
         self._arrays.clear()
         self._rows.clear()
@@ -186,7 +179,7 @@ class Stager:
         keys = tuple(take(source, rows.key_total) for source in self._operation.key_inputs)
         return StagedChunks(head_group, subproblem, rows, queries, keys)
 
-    def _reads(self, staged: StagedChunks) -> Iterator[_Read]:
+    def _reads(self, staged: StagedChunks) -> Iterator[Read]:
         """The reads that fill a subproblem's slot, cut to pieces where the array's chunk files are read directly."""
         for chunk, query in staged.queries.items():
             for source, tensor in zip(self._operation.query_inputs, query, strict=True):
@@ -199,45 +192,26 @@ class Stager:
 
     def _reads_of_runs(
         self, staged: StagedChunks, source: Input, head: int, tensor: torch.Tensor, runs: Iterable[Run]
-    ) -> Iterator[_Read]:
+    ) -> Iterator[Read]:
         """The reads of some runs of a head of an input."""
         group = self._plan.problem.head_group(staged.head_group)
         array, of_head = self._arrays[source.name], self._operation.heads(source.name, group)[head]
         counted = self._operation.owns(source.name, staged.head_group) and not (group.batch and array.of_all_batches)
         out = as_numpy(tensor)[head]
         for run in runs:
-            step = max(1, READ_BYTES // out[:1].nbytes) if array.direct and run.rows else max(1, len(run.rows))
             counted_for = run.counted_for if run.counted_for in staged.queries and counted else None
-            for part in pieces(run.rows, step):
+            for part in self._parts(array, source, run.rows, out[:1].nbytes):
                 place = run.part(part).place
                 tokens = range(part.start - source.first, part.stop - source.first)
-                yield _Read(array, group.batch, of_head, tokens, out[place.start : place.stop], counted_for)
+                yield Read(array, group.batch, of_head, tokens, out[place.start : place.stop], counted_for)
 
-    def _read_all(self, reads: Sequence[_Read]) -> Iterable[tuple[float, int]]:
-        """Carry out reads, those of one slot after those of another where one thread reads; see `_read`."""
-        if self._one_reader:  # to hand over each read takes longer than a small one
-            return self._readers.submit(lambda: [self._read(read) for read in reads]).result()
-        return self._readers.map(self._read, reads)
-
-    def _read(self, read: _Read) -> tuple[float, int]:
-        """Carry a read out; return when it began, and how many elements are NaN or Inf, if that is counted."""
-        # What is decoded is decoded one read at a time: the plan counts the memory of one.
-        with nullcontext() if read.array.direct else self._decoding:
-            begun = clock.now()
-            read.array.read_rows(read.batch, read.head, read.tokens.start, read.tokens.stop, read.out)
-        self._step()
-        if read.counted_for is None:
-            return begun, 0
-        # A bias of -inf leaves its key out: that is no fault.
-        masked = int(np.isneginf(read.out).sum()) if read.array.name == "key_bias" else 0
-        return begun, count_not_finite(read.out) - masked
-
-
-@dataclass(frozen=True)
-class _Read:
-    array: Rows
-    batch: int
-    head: int
-    tokens: range
-    out: npt.NDArray[Any]
-    counted_for: int | None
+    def _parts(self, array: Rows, source: Input, rows: range, row_bytes: int) -> Iterable[range]:
+        """Rows of an array in the pieces that are read one by one."""
+        if not rows:
+            return ()
+        if array.direct:
+            return pieces(rows, max(1, READ_BYTES // row_bytes))
+        if not (self._ahead and array.is_remote):
+            return (rows,)
+        cut = cut_at_multiples(range(rows.start - source.first, rows.stop - source.first), array.ahead_rows)
+        return (range(part.start + source.first, part.stop + source.first) for part in cut)

@@ -7,7 +7,6 @@ IntegrityErrors, by `CompleteStore`, shards.py (absent chunks within a shard) an
 from __future__ import annotations
 
 import errno
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,9 +19,10 @@ from zarr.storage import LocalStore, WrapperStore
 
 from oocattn.errors import OocattnError
 from oocattn.storage.chunk_errors import chunk_name, damaged_chunk, missing_chunk, refuse_html, torn_chunk, undecodable_chunk
+from oocattn.storage.inputs.ahead import MOST_READS
 from oocattn.storage.inputs.axes import BHND, Axes
 from oocattn.storage.inputs.decoding import array_chain, bounded_metadata
-from oocattn.storage.inputs.shards import check_shard
+from oocattn.storage.inputs.shard_parts import ShardParts
 from oocattn.storage.layout import chunk_bytes, chunk_key, stored_bytes
 from oocattn.storage.zarr_compat import (
     Buffer,
@@ -114,7 +114,8 @@ class CodecReader:
         self._columns = self._count_columns()
         chunks = max(1, min(STEP_CHUNKS, STEP_BYTES // (self._columns * chunk_bytes(array))))
         self._step_rows = self._chunk_rows * chunks
-        self._whole_shards: set[str] = set()
+        self._shards = None if array.shards is None else ShardParts(array, location)
+        self._is_local = isinstance(array.store, LocalStore)
 
     def _count_columns(self) -> int:
         """The most chunks that what a token of a head has lies in, or that of heads which share a chunk."""
@@ -141,9 +142,19 @@ class CodecReader:
         """Bound on host memory, in bytes, of one read besides the caller's buffers."""
         tokens = self._stored.shape[self._axes.token_axis]
         chunks = min(self._step_rows // self._chunk_rows, ceil_div(tokens, self._chunk_rows)) * self._columns
+        return self._bound(chunks, 1)
+
+    def decode_bytes_ahead(self, nbytes: int) -> int:
+        """The same bound on several reads that decode so many bytes together, or one chunk each."""
+        chunks = max(self._columns, ceil_div(nbytes, chunk_bytes(self._stored)))
+        return self._bound(chunks, min(MOST_READS, chunks))
+
+    def _bound(self, chunks: int, reads: int) -> int:
+        """The bound on reads of so many chunks, of all of them together."""
         several = max(map(len, self._groups(range(self._heads)))) > 1  # heads whose rows are gathered
         gathered = chunks * chunk_bytes(self._stored) if several or self.has_all_packed else 0
-        return DECODE_COPIES * chunks * self._chain.widest + gathered + INDEX_COPIES * self._chain.index + DECODE_OVERHEAD
+        indices = reads * INDEX_COPIES * self._chain.index
+        return DECODE_COPIES * chunks * self._chain.widest + gathered + indices + DECODE_OVERHEAD
 
     def read(self, batch: int, heads: Sequence[int], start: int, stop: int, outs: Sequence[NDArray[Any]]) -> None:
         """Read tokens [start, stop) of each of some heads into its buffer, [stop - start, D]. Raises as `read_selection`.
@@ -194,17 +205,14 @@ class CodecReader:
         return found
 
     def _decode(self, selection: tuple[slice, ...], out: NDArray[Any]) -> None:
-        read_selection(self._array, self._location, selection, out, self._axes.token_axis)
+        array = self._array
+        if self._shards is not None and not self._is_local:
+            array = self._shards.fetched(array, selection)
+        read_selection(array, self._location, selection, out, self._axes.token_axis)
 
     def _check_shards(self, selection: tuple[slice, ...]) -> None:
-        if self._array.shards is None:
-            return
-        spans = zip(selection, self._array.shape, self._array.shards, strict=True)
-        found = [(part.indices(size), extent) for part, size, extent in spans]
-        for shard in itertools.product(*(range(low // extent, ceil_div(high, extent)) for (low, high, _), extent in found)):
-            if (key := chunk_key(self._array, shard)) not in self._whole_shards:
-                check_shard(self._stored, shard, self._location)
-                self._whole_shards.add(key)
+        if self._shards is not None:
+            self._shards.check(selection)
 
 
 def read_span(array: zarr.Array[Any], location: str, index: tuple[int, ...], low: int, out: NDArray[Any]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import zarr
 
@@ -32,11 +32,15 @@ from oocattn.storage.inputs.values import checksum, sample
 from oocattn.storage.inputs.zarr_nodes import Place, open_node, open_zarr_array, what_is_at
 from oocattn.storage.inputs.zarr_source import ZarrSource
 from oocattn.storage.locations import parse_location
+from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import array_names, open_array, open_consolidated, read_group
 from oocattn.storage.nodes import attributes_of
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.zarr_compat import Store
 from oocattn.text import printable
+from oocattn.threads import ThreadPool
+
+T = TypeVar("T")
 
 MOST_NAMED = 10  # arrays that the message names where one is missing
 
@@ -83,7 +87,7 @@ class Dataset:
         if group is None:
             raise _no_group(location, what_is_at(store, location))
         required = NAMES[:3]
-        arrays = {name: _array(store, name, location) for name in required}
+        arrays = together(lambda name: _array(store, name, location), required, not isinstance(store, MappedStore))
         consolidated = open_consolidated(store, group, (*required, *optional), location)
         for name in optional:
             found = _optional_array(store, name, location, listed=name in consolidated)
@@ -163,12 +167,11 @@ class Dataset:
 
     def check_complete(self) -> None:
         """Check that all of the tensors is there. Raises IntegrityError naming what is missing."""
-        for source in self.arrays.values():
-            source.check_complete()
+        self._of_each(lambda source: source.check_complete())
 
     def fingerprints(self) -> Fingerprints:
         """The fingerprints of the dataset as it is now. Raises IntegrityError for a part that is found to be missing."""
-        found = {name: source.fingerprints() for name, source in self.arrays.items()}
+        found = self._of_each(lambda source: source.fingerprints())
         last = max(map(NAMES.index, found))
         in_order = [found.get(name, ("", "", "")) for name in NAMES[: last + 1]]
         return Fingerprints(*("-".join(digests) for digests in zip(*in_order, strict=True)))
@@ -185,12 +188,26 @@ class Dataset:
         Of arrays in a store in memory it is "=" and the checksum of all numbers, of others that of a sample; none where
         these cannot be read, which the run will find.
         """
-        return "-".join(map(_digest_numbers, self.arrays.values()))
+        return "-".join(self._of_each(_digest_numbers).values())
+
+    def _of_each(self, ask: Callable[[TensorSource], T]) -> dict[str, T]:
+        """What is found of each tensor, by name; stores that let requests wait are asked at the same time."""
+        remote = any(source.is_remote for source in self.arrays.values())
+        return together(lambda name: ask(self.arrays[name]), self.arrays, remote)
 
     def fingerprint(self, *, within_run: bool = False) -> str:
         """One fingerprint of the dataset as it is now: recorded, or `within_run`."""
         found = self.fingerprints()
         return found.within_run if within_run else found.recorded
+
+
+def together(ask: Callable[[str], T], names: Iterable[str], at_once: bool) -> dict[str, T]:
+    """What is found by each name: one after another, or at the same time. Raises the first error, by their order."""
+    names = list(names)
+    if not at_once:
+        return {name: ask(name) for name in names}
+    with ThreadPool(len(names), "oocattn-ask") as pool:
+        return dict(zip(names, pool.map(ask, names), strict=True))
 
 
 def _digest_numbers(source: TensorSource) -> str:

@@ -30,6 +30,17 @@ class Rows(Protocol):
         """See `TensorSource.direct`."""
 
     @property
+    def is_remote(self) -> bool:
+        """See `TensorSource.is_remote`."""
+
+    @property
+    def ahead_rows(self) -> int:
+        """See `TensorSource.ahead_rows`."""
+
+    def decoded_bytes(self, start: int, stop: int) -> int:
+        """See `TensorSource.decoded_bytes`."""
+
+    @property
     def of_all_batches(self) -> bool:
         """See `TensorSource.of_all_batches`."""
 
@@ -75,6 +86,20 @@ class HeldRows:
         return self.source.direct
 
     @property
+    def is_remote(self) -> bool:
+        """See `TensorSource.is_remote`."""
+        return self.source.is_remote
+
+    @property
+    def ahead_rows(self) -> int:
+        """See `TensorSource.ahead_rows`."""
+        return self.window.block_rows
+
+    def decoded_bytes(self, start: int, stop: int) -> int:
+        """See `TensorSource.decoded_bytes`: a block at a time is decoded, of all heads that are held."""
+        return self.window.block_bytes
+
+    @property
     def of_all_batches(self) -> bool:
         """See `Rows.of_all_batches`."""
         return self.source.of_all_batches
@@ -94,6 +119,7 @@ class _Window:
         row_bytes = sum(source.row_bytes * heads for source, heads in members)
         unit = max(1 if source.direct else source.chunk_rows for source, _ in members)
         self._block = round_up(max(1, BLOCK_BYTES // row_bytes), unit)  # chunks that are decoded are decoded once
+        self.block_rows, self.block_bytes = self._block, self._block * row_bytes
         blocks = ceil_div(tokens.stop, self._block)
         self._locks = [threading.Lock() for _ in range(blocks)]
         self._content: list[tuple[int, int] | None] = [None] * blocks  # batch and number of the window that it has

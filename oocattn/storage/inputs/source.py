@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.problem.arrays import KEY_BIAS, ArraySpec
+from oocattn.storage.inputs.ahead import AHEAD_BYTES
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.origin import Origin
 from oocattn.storage.inputs.parts import Part
+from oocattn.units import ceil_div, round_up
 
 
 class TensorSource(ABC):
@@ -94,9 +96,36 @@ class TensorSource(ABC):
         return False
 
     @property
+    def is_remote(self) -> bool:
+        """Whether what is decoded comes from a store that may let each request wait: several reads may be under way."""
+        return False
+
+    @property
+    def ahead_rows(self) -> int:
+        """Tokens of one of the reads of a head that are under way together; they are cut at its multiples."""
+        return round_up(max(1, AHEAD_BYTES // (self.row_bytes * self.shared_heads)), self.chunk_rows)
+
+    def decoded_bytes(self, start: int, stop: int) -> int:
+        """Bytes of the chunks that are decoded for tokens [start, stop) of a head."""
+        return (ceil_div(stop, self.chunk_rows) - start // self.chunk_rows) * self._chunk_row_bytes
+
+    @property
+    def _chunk_row_bytes(self) -> int:
+        """Bytes of the chunks that have the same tokens as one chunk of a head."""
+        return self.chunk_rows * self.row_bytes * self.shared_heads
+
+    def ask(self) -> None:
+        """Make a request for next to nothing of the store that it `is_remote` in, and wait for the answer."""
+        raise NotImplementedError
+
+    @property
     def decode_bytes(self) -> int:
         """Bound on host memory, in bytes, of one read besides the caller's buffer."""
         return 0
+
+    def decode_bytes_ahead(self, nbytes: int) -> int:
+        """The same bound on reads that decode so many bytes together (`decoded_bytes`)."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from oocattn.errors import ProblemError
 from oocattn.problem.arrays import KEY_BIAS
 from oocattn.storage.chunk_errors import missing_chunk, torn_chunk
+from oocattn.storage.inputs.ahead import MOST_READS
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.codecs import CodecReader
 from oocattn.storage.inputs.direct import MOST_THREADS, SCRATCH_BYTES, DirectReader
@@ -28,7 +29,8 @@ from oocattn.storage.layout import ChunkFiles, chunk_key, obstacles, stored_byte
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import open_array
 from oocattn.storage.nodes import node_name
-from oocattn.storage.zarr_compat import sync
+from oocattn.storage.zarr_compat import RangeByteRequest, buffer_prototype, sync
+from oocattn.threads import ThreadPool
 
 MOST_FILES = 256  # chunk files along the tokens that are read at a time: where the first is missing, no more are looked for
 ASKED = 64  # chunks of a remote array that are asked for at the same time, where they are not listed
@@ -101,6 +103,20 @@ class ZarrSource(TensorSource):
         return self._codec_reader.decode_bytes
 
     @property
+    def is_remote(self) -> bool:
+        """See `TensorSource.is_remote`."""
+        return self.path is None
+
+    def ask(self) -> None:
+        """See `TensorSource.ask`: for the first byte of the first chunk."""
+        key = chunk_key(self.array, next(stored_chunks(self.array)))
+        sync(self.array.store.get(key, buffer_prototype, RangeByteRequest(0, 1)))
+
+    def decode_bytes_ahead(self, nbytes: int) -> int:
+        """See `TensorSource.decode_bytes_ahead`."""
+        return self._codec_reader.decode_bytes_ahead(nbytes)
+
+    @property
     def decodes_packed(self) -> bool:
         """See `TensorSource.decodes_packed`."""
         return not self.direct and self._codec_reader.has_all_packed
@@ -129,11 +145,26 @@ class ZarrSource(TensorSource):
         name. Of a shard the index is read as well (16 bytes a chunk). What chunks decode to is not checked.
         """
         expected = stored_bytes(self.array)
-        for coordinates, key, size in _sizes(self.array, self._location):
-            if expected is not None and size is not None and size != expected:
-                raise torn_chunk(self._location, key, size, expected)
+        for found in _sizes(self.array, self._location):
+            for _, key, size in found:
+                if expected is not None and size is not None and size != expected:
+                    raise torn_chunk(self._location, key, size, expected)
             if self.array.shards is not None:
-                check_shard(self.array, coordinates, self._location)
+                self._check_shards(found)
+
+    def _check_shards(self, found: Sequence[_Stored]) -> None:
+        """Check the indices of shards; those of a store that lets requests wait are asked for at the same time."""
+
+        def check(stored: _Stored) -> None:
+            check_shard(self.array, stored[0], self._location, stored[2])
+
+        if not self.is_remote:
+            for each in found:
+                check(each)
+            return
+        with ThreadPool(min(MOST_READS, len(found)), "oocattn-ask") as pool:
+            for _ in pool.map(check, found):
+                pass
 
     def fingerprints(self) -> tuple[str, str, str]:
         """See `TensorSource.fingerprints`."""
@@ -184,16 +215,20 @@ def _origin(array: zarr.Array[Any], location: str, axes: Axes) -> Origin:
     return Origin("zarr", location, array.path, axes)
 
 
-def _sizes(array: zarr.Array[Any], location: str) -> Iterator[tuple[tuple[int, ...], str, int | None]]:
-    """Coordinates, key and size, if it is told, of every chunk. Raises at the first that is missing."""
+_Stored = tuple[tuple[int, ...], str, int | None]
+"""Coordinates, key and size, if it is told, of a stored chunk."""
+
+
+def _sizes(array: zarr.Array[Any], location: str) -> Iterator[Sequence[_Stored]]:
+    """All stored chunks, some at a time. Raises at the first that is missing."""
     store: Any = array.store
     if isinstance(store, MappedStore):
-        yield from ((coordinates, key, status.st_size) for coordinates, key, status in chunk_files(array, location))
+        yield from ([(coordinates, key, status.st_size)] for coordinates, key, status in chunk_files(array, location))
         return
     listed, stored = sync(store.list_sizes(array.path)), stored_chunks(array)
     while batch := {chunk_key(array, coordinates): coordinates for coordinates in itertools.islice(stored, ASKED)}:
         found = sync(store.find_sizes([key for key in batch if key not in listed]))
-        for key, coordinates in batch.items():
+        for key in batch:
             if key not in listed and key not in found:
                 raise missing_chunk(location, key)
-            yield coordinates, key, listed[key] if key in listed else found[key]
+        yield [(coordinates, key, listed[key] if key in listed else found[key]) for key, coordinates in batch.items()]

@@ -21,6 +21,9 @@ from oocattn.storage.zarr_compat import Buffer, BufferPrototype, ByteRequest, sy
 from oocattn.threads import begin_call
 
 LISTING_PATIENCE = 5.0  # seconds for which a listing is tried again: what cannot be listed is asked for by name
+CONNECTIONS = 100
+"""To one server at a time, at most: as many as aiohttp has over http."""
+
 UPLOAD_BYTES = 8 << 20
 """Of a file, in memory at a time: S3 takes parts of 5 MiB or more."""
 
@@ -259,10 +262,17 @@ def open_remote(location: Location, storage_options: StorageOptions | None = Non
     return store
 
 
+def _with_connections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of s3fs with as many connections as reads need that are under way together; it has 10 by itself."""
+    return {**options, "config_kwargs": {"max_pool_connections": CONNECTIONS, **options.get("config_kwargs", {})}}
+
+
 def _open(url: str, options: dict[str, Any], read_only: bool) -> RemoteStore:
     chained = is_chain(url)
     scheme = (url.rpartition("::")[2] if chained else url).partition("://")[0]
     try:
+        if scheme == "s3":
+            options = {**options, scheme: _with_connections(options.get(scheme, {}))}
         if scheme not in ("http", "https"):
             return cast(RemoteStore, RemoteStore.from_url(url, options, read_only=read_only))
         from oocattn.storage.remote.http_files import HttpFiles, get_client

@@ -42,6 +42,10 @@ class WrittenChunk:
     lse: str
 
 
+ChunkOf = tuple[zarr.Array[Any], tuple[int, ...], npt.NDArray[np.generic]]
+"""A chunk of an array: its coordinates, and its numbers."""
+
+
 class Chunks(Protocol):
     """Where the chunks of a growing result are, each whole or not there. Raises OSError as file system or server do."""
 
@@ -54,8 +58,8 @@ class Chunks(Protocol):
     def read(self, array: zarr.Array[Any], coordinates: tuple[int, ...]) -> bytes:
         """The bytes of a chunk. Raises IntegrityError where it is damaged."""
 
-    def write(self, array: zarr.Array[Any], coordinates: tuple[int, ...], data: npt.NDArray[np.generic]) -> None:
-        """Write a chunk whole; when this returns, it is there for good."""
+    def write_both(self, first: ChunkOf, second: ChunkOf) -> None:
+        """Write two chunks, each whole; when this returns, they are there for good."""
 
     def remove(self, array: zarr.Array[Any], coordinates: tuple[int, ...]) -> None:
         """Remove a chunk, if it is there."""
@@ -77,9 +81,10 @@ class ChunkFiles:
         """See `Chunks.read`."""
         return read_file(chunk_file(array, coordinates), chunk_bytes(array), follow=False)
 
-    def write(self, array: zarr.Array[Any], coordinates: tuple[int, ...], data: npt.NDArray[np.generic]) -> None:
-        """See `Chunks.write`."""
-        write_chunk(array, coordinates, data)
+    def write_both(self, first: ChunkOf, second: ChunkOf) -> None:
+        """See `Chunks.write_both`."""
+        for chunk in (first, second):
+            write_chunk(*chunk)
 
     def remove(self, array: zarr.Array[Any], coordinates: tuple[int, ...]) -> None:
         """See `Chunks.remove`."""
@@ -151,8 +156,8 @@ class ResultArrays:
     ) -> WrittenChunk:
         """Write chunk `part` of one head, out [n, D] and lse [n]."""
         checksums = [as_digits(checksum(rows)) for rows in (out, lse)]  # of what is to be written, not of what was
-        self._chunks.write(self.out, (batch, head, part, 0), out[np.newaxis, np.newaxis])
-        self._chunks.write(self.lse, (batch, head, part), lse[np.newaxis, np.newaxis])
+        of_lse = self.lse, (batch, head, part), lse[np.newaxis, np.newaxis]
+        self._chunks.write_both((self.out, (batch, head, part, 0), out[np.newaxis, np.newaxis]), of_lse)
         return WrittenChunk(out.nbytes + lse.nbytes, *checksums)
 
     def record(self, checksums: Mapping[str, Checksums]) -> None:

@@ -9,6 +9,7 @@ loses it in between may at worst remove a chunk, which its own run notices.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import wait
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from oocattn.errors import IntegrityError
 from oocattn.storage.journal.claims import Claim
 from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.remote.objects import Content, Objects
+from oocattn.storage.results.arrays import ChunkOf
 from oocattn.storage.results.stored import StoredResult
+from oocattn.threads import begin_call
 
 
 class ChunkObjects:
@@ -51,8 +54,16 @@ class ChunkObjects:
             raise IntegrityError(f"{self._objects}/{key} is missing or cut")
         return content
 
-    def write(self, array: zarr.Array[Any], coordinates: tuple[int, ...], data: npt.NDArray[np.generic]) -> None:
-        """See `Chunks.write`."""
+    def write_both(self, first: ChunkOf, second: ChunkOf) -> None:
+        """See `Chunks.write_both`: at the same time, for each waits for the store's answer."""
+        other = begin_call(self._write, *second)
+        try:
+            self._write(*first)
+        finally:
+            wait([other])  # nothing is written after this has failed
+        other.result()
+
+    def _write(self, array: zarr.Array[Any], coordinates: tuple[int, ...], data: npt.NDArray[np.generic]) -> None:
         content: Content = bytearray(chunk_bytes(array))
         key = _key(array, coordinates)
         np.frombuffer(content, data.dtype, data.size)[:] = data.reshape(-1)
