@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +151,25 @@ def test_what_is_read_ahead_keeps_the_budget(
     assert not oocattn.plan(inputs, host_memory="4GiB").inputs.ahead  # a local folder is read as before
 
 
+def rate_of_a_plain_reader(store: SlowStore, options: dict[str, Any], prefix: str, number: int) -> float:
+    """Bytes per second at which 16 threads of boto3 read the first so many objects, besides the first wait."""
+    found = client_of(options).list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]
+    keys = [each["Key"] for each in found if "/c/" in each["Key"]][:number]
+    began = time.monotonic()
+    with ThreadPoolExecutor(16) as pool:
+        read = pool.map(lambda key: client_of(options).get_object(Bucket=BUCKET, Key=key)["Body"].read(), keys)
+        nbytes = sum(map(len, read))
+    return nbytes / (time.monotonic() - began - store.latency)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to_store", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "shards"])
 def test_a_run_takes_little_longer_than_its_bytes(tmp_path: Path, bucket: dict[str, Any], kind: str, to_store: bool) -> None:
-    """An eighth of 200 MB/s, and chunks of an eighth of 2 MiB: two busy cores pass no more through S3 and Python."""
+    """An eighth of 200 MB/s, and chunks of an eighth of 2 MiB: two cores pass little more through S3 and Python.
+
+    What cores that others use do not pass to a plain reader either is not the run's fault.
+    """
     rate, tokens, storage = 25e6, 2**20, {**STORED[kind]}
     if kind == "shards":
         storage["shards"] = (1, 1, 2**16, DIM)
@@ -161,23 +177,23 @@ def test_a_run_takes_little_longer_than_its_bytes(tmp_path: Path, bucket: dict[s
     upload(inputs, bucket, f"rate-{kind}.zarr")
     with slowing(bucket["endpoint_url"], LATENCY, rate) as store:
         options = {**bucket, "endpoint_url": store.url}
-        result = f"s3://{BUCKET}/rate-out-{kind}.zarr" if to_store else tmp_path / "out.zarr"
-        asked = {"causal": True, "window_size": (127, 0), "storage_options": options, "scratch": tmp_path / "scratch"}
-        began = time.monotonic()
+        asked: dict[str, Any] = {"causal": True, "window_size": (127, 0), "storage_options": options}
+        result: Path | str = tmp_path / "out.zarr"
+        if to_store:
+            result, asked["scratch"] = f"s3://{BUCKET}/rate-out-{kind}.zarr", tmp_path / "scratch"
+        sample = options, f"rate-{kind}.zarr", 8 if kind == "shards" else 128
+        plain = [rate_of_a_plain_reader(store, *sample)]
         found = oocattn.attention(f"s3://{BUCKET}/rate-{kind}.zarr", result, **asked)
-        print(f"{time.monotonic() - began:.1f} s with opening and planning")
+        plain.append(rate_of_a_plain_reader(store, *sample))
     report = found.report
-    least = (report.bytes_read + to_store * report.bytes_written) / rate
-    print(f"{kind}: {report.seconds:.1f} s, planned {found.plan.seconds:.1f} s, bytes / rate {least:.1f} s")
+    least = (report.bytes_read + to_store * report.bytes_written) / min(rate, sum(plain) / 2)
+    print(f"{kind}: {report.seconds:.1f} s, planned {found.plan.seconds:.1f} s, bytes / rate {least:.1f} s, plain {plain}")
     assert report.seconds <= 1.15 * least
     assert found.plan.seconds == pytest.approx(report.seconds, rel=0.15)
 
 
 def test_the_proxy_gives_its_rate_to_a_plain_reader(tmp_path: Path) -> None:
     """What the other tests measure against: without it, they would measure the proxy."""
-    import concurrent.futures
-    import urllib.request
-
     (tmp_path / "x").write_bytes(bytes(1 << 19))
     with serving(tmp_path) as server, slowing(server.url, LATENCY, 10e6) as store:
 
@@ -186,7 +202,7 @@ def test_the_proxy_gives_its_rate_to_a_plain_reader(tmp_path: Path) -> None:
                 return len(answer.read())
 
         began = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(8) as pool:
             nbytes = sum(pool.map(get, range(20)))
         seconds = time.monotonic() - began
         seen = store.seen()

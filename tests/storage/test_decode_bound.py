@@ -18,6 +18,8 @@ from reading import V2_CODECS, buffer_for, opened, same_bits, write
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from oocattn.pipelines.lane.readers import Read, Readers
+from oocattn.storage.inputs.ahead import cut_at_multiples
 from oocattn.storage.inputs.axes import Axes
 from oocattn.storage.inputs.given_store import GivenStore
 from oocattn.storage.inputs.zarr_source import ZarrSource
@@ -98,3 +100,32 @@ def test_decoding_stays_within_its_bound(tmp_path: Path, storage: dict[str, Any]
             tracemalloc.stop()
         assert peak <= source.decode_bytes
         assert same_bits(np.stack(outs[-len(expected) :]), expected)
+
+
+@pytest.mark.parametrize("keep", [behind_a_url, in_a_memory_store])
+@pytest.mark.parametrize("storage", STORED)
+def test_reading_ahead_stays_within_its_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: dict[str, Any], keep: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr("oocattn.storage.inputs.source.AHEAD_BYTES", 1 << 20)
+    data, storage = incompressible(), {"chunks": (1, 1, 2**13, 64), **storage}
+    axes = Axes(storage.pop("layout", "bhnd"))
+    source = ZarrSource(
+        "q", keep(tmp_path, data if axes.order == "bhnd" else data.transpose(0, 2, 1, 3), storage), "it", axes=axes
+    )
+    out, ahead = np.zeros((2, TOKENS, 64), source.dtype), 1 << 20
+    reads = [
+        Read(source, 0, head, part, out[head, part.start : part.stop], None)
+        for head in range(2)
+        for part in cut_at_multiples(range(TOKENS), source.ahead_rows)
+    ]
+    readers = Readers(1, ahead, lambda: None)
+    tracemalloc.start()
+    try:
+        readers.carry_out(reads)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        readers.close()
+    assert peak <= source.decode_bytes_ahead(ahead)
+    assert same_bits(out, data[0])

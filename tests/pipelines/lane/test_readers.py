@@ -1,0 +1,106 @@
+"""The threads that read for a lane: what is under way at a time, in which order, and how failures end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from oocattn.pipelines.lane.readers import Read, Readers
+from oocattn.storage.inputs.ahead import cut_at_multiples
+
+
+class Rows:
+    """Rows of a store that lets each read wait; a token is 100 bytes decoded. It notes what is under way."""
+
+    name, direct, of_all_batches, ahead_rows = "q", False, False, 10
+
+    def __init__(self, is_remote: bool = True, fails_at: int = -1) -> None:
+        self.is_remote, self._fails_at = is_remote, fails_at
+        self._changing = threading.Lock()
+        self.under_way = self.most = 0
+        self.order: list[int] = []
+
+    def decoded_bytes(self, start: int, stop: int) -> int:
+        return 100 * (stop - start)
+
+    def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+        with self._changing:
+            self.order.append(start)
+            self.under_way += stop - start
+            self.most = max(self.most, self.under_way)
+        time.sleep(0.02)
+        with self._changing:
+            self.under_way -= stop - start
+        if start == self._fails_at:
+            raise OSError("broken")
+        out[:] = range(start, stop)
+
+
+def reads_of(rows: Rows, tokens: int) -> tuple[list[Read], NDArray[np.float32]]:
+    """Reads of ten tokens each, and where they go."""
+    out = np.zeros(tokens, np.float32)
+    parts = cut_at_multiples(range(tokens), rows.ahead_rows)
+    return [Read(rows, 0, 0, part, out[part.start : part.stop], 0) for part in parts], out
+
+
+def test_reads_of_a_store_that_waits_fill_the_window_and_no_more() -> None:
+    rows = Rows()
+    reads, out = reads_of(rows, 200)
+    readers = Readers(1, ahead=5000, step=lambda: None)
+    found = readers.carry_out(reads)
+    readers.close()
+    assert rows.most == 50
+    np.testing.assert_array_equal(out, np.arange(200))
+    assert [not_finite for _, not_finite in found] == [0] * 20
+
+
+def test_a_read_larger_than_the_window_is_alone() -> None:
+    rows = Rows()
+    reads, _ = reads_of(rows, 50)
+    readers = Readers(1, ahead=1, step=lambda: None)
+    readers.carry_out(reads)
+    readers.close()
+    assert rows.most == 10
+
+
+@pytest.mark.parametrize(("is_remote", "ahead"), [(True, 0), (False, 10**6)])
+def test_other_reads_are_decoded_one_at_a_time(is_remote: bool, ahead: int) -> None:
+    rows = Rows(is_remote)
+    reads, _ = reads_of(rows, 50)
+    readers = Readers(8, ahead, step=lambda: None)
+    readers.carry_out(reads)
+    readers.close()
+    assert rows.most == 10
+
+
+def test_a_failure_is_raised_when_no_read_is_under_way_and_begins_no_others() -> None:
+    rows = Rows(fails_at=20)
+    reads, _ = reads_of(rows, 1000)
+    readers = Readers(1, ahead=3000, step=lambda: None)
+    with pytest.raises(OSError, match="broken"):
+        readers.carry_out(reads)
+    assert rows.under_way == 0
+    assert len(rows.order) < 20
+    readers.close()
+
+
+def test_the_reads_of_the_next_subproblem_begin_while_the_last_of_this_one_are_under_way() -> None:
+    rows = Rows()
+    readers = Readers(1, ahead=3000, step=lambda: None)
+    first, second = reads_of(rows, 60)[0], [read for read in reads_of(rows, 120)[0] if read.tokens.start >= 60]
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(readers.carry_out, first)
+        while not rows.order:
+            time.sleep(0.001)
+        two = pool.submit(readers.carry_out, second)
+        ends = max(begun for begun, _ in one.result()), min(begun for begun, _ in two.result())
+    readers.close()
+    assert max(rows.order.index(read.tokens.start) for read in first) < 8  # in their order, but for those of one moment
+    assert 0 <= ends[1] - ends[0] < 0.02 * 2
+    assert rows.most == 30
