@@ -248,8 +248,8 @@ class _Run:
             decoded += of_keys * problem.kv_row_bytes
         in_python = self._gap_reads * READ_SECONDS if hardware.device == "cuda" else 0.0
         seconds = max(seconds, decoded / self.inputs.decode_rate)
-        in_slots = self._total(lambda work: work.subproblems), self._compute_seconds
-        return Link("read", amount, max(seconds, reading(seconds, *in_slots, self.inputs, hardware)) + in_python)
+        least = reading(seconds, self._total(lambda work: work.subproblems), self.inputs, hardware)
+        return Link("read", amount, max(seconds, least) + in_python)
 
     def _copy(self) -> Link:
         problem, tiles = self.problem, self.layout.tiles

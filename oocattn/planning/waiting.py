@@ -22,14 +22,14 @@ def asking(inputs: InputCost, *, to_store: bool) -> float:
     return (CHECKS + (COMMITS if to_store else 0)) * inputs.latency
 
 
-def reading(seconds: float, staged: int, computing: float, inputs: InputCost, hardware: Hardware) -> float:
+def reading(seconds: float, staged: int, inputs: InputCost, hardware: Hardware) -> float:
     """Seconds at least of reading that takes so many by its bytes, where so many subproblems are `staged`.
 
-    Each waits for its first bytes in a slot, and is then computed there.
+    Each waits for its first bytes in a slot.
     """
     if not inputs.latency:
         return 0.0
-    of_lane = ceil_div(staged, hardware.lanes) * inputs.latency + hardware.lanes * seconds + computing
+    of_lane = ceil_div(staged, hardware.lanes) * inputs.latency + hardware.lanes * seconds
     return of_lane / STAGING_SLOTS[hardware.device]
 
 
