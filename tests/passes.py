@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,9 +57,10 @@ def planned(
         engine: Engine,
         *,
         to_store: bool = False,
+        **others: Any,
     ) -> Plan:
         if problem.second_pass is None:
-            return real(dataset, problem, choices, lanes, scratch, engine, to_store=to_store)
+            return real(dataset, problem, choices, lanes, scratch, engine, to_store=to_store, **others)
         made = make_plan(
             problem,
             replace(machine, lanes=lanes or 1),

@@ -17,7 +17,7 @@ from oocattn.units import ceil_div
 @cache
 def times_decoded(tokens: int, rows: int, unit: int) -> float:
     """How often chunks of `unit` tokens are decoded, in the mean, to read all `tokens` once, `rows` at a time."""
-    if rows % unit == 0:
+    if tokens == 0 or rows % unit == 0:
         return 1.0
     touched = sum(ceil_div(min(low + rows, tokens), unit) - low // unit for low in range(0, tokens, rows))
     return touched / ceil_div(tokens, unit)

@@ -15,6 +15,7 @@ from support import carry_out, plan_for, replanned
 
 import oocattn
 from oocattn.errors import IntegrityError, LockedError, ProblemError, RemoteError, ResultExistsError
+from oocattn.planning.memory import ALIGNMENT
 from oocattn.storage.inputs.zarr_nodes import open_node
 from oocattn.storage.journal import store_lock
 from oocattn.storage.journal.journal import Journal
@@ -94,22 +95,28 @@ def test_a_late_chunk_of_a_run_that_lost_its_lock_does_not_replace_that_of_the_n
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stored = stored_result(f"memory://places/r{next(NUMBERS)}.zarr", None)
-    array = zarr.create_array({}, name="out", shape=(2,), dtype="uint8", chunks=(2,), compressors=None)
+    names = "out", "lse"
+    arrays = [zarr.create_array({}, name=name, shape=(2,), dtype="uint8", chunks=(2,), compressors=None) for name in names]
+
+    def write(content: bytes) -> None:
+        out, lse = ((array, (0,), np.frombuffer(content, np.uint8)) for array in arrays)
+        chunks.write_both(out, lse)
+
     assert stored.beside is not None
     with StoreLock(stored.beside, "here") as lock:
         chunks = ChunkObjects(stored, lock.claim)
         for content in (b"ab", b"cd"):
-            chunks.write(array, (0,), np.frombuffer(content, np.uint8))
-            assert stored.read("out/c/0") == content
+            write(content)
+            assert [stored.read(f"{name}/c/0") for name in names] == [content, content]
         lock.claim.check()
         stored.beside.write("lock-00000002", b"{}")
         with pytest.raises(LockedError, match="was lost to"):
-            chunks.write(array, (0,), np.frombuffer(b"ef", np.uint8))
-        assert stored.read("out/c/0") == b"cd"
+            write(b"ef")
+        assert [stored.read(f"{name}/c/0") for name in names] == [b"cd", b"cd"]
         monkeypatch.setattr(store_lock, "BEAT", 0.0)  # what was known before does not count any more
-        chunks.remove(array, (0,))
+        chunks.remove(arrays[0], (0,))
         with pytest.raises(LockedError, match="was lost to"):
-            chunks.write(array, (0,), np.frombuffer(b"ef", np.uint8))
+            write(b"ef")
     assert stored.read("out/c/0") is None
 
 
@@ -154,7 +161,8 @@ def test_a_plan_counts_the_copies_of_chunks_on_their_way_to_a_store(dataset: Pat
     assert len(plans) == 4
     for plan in plans:
         chunk = plan.out_chunk_rows * plan.problem.value_dim * np.dtype(plan.problem.out_dtype).itemsize
-        assert plan.peak_host == replanned(plan, to_store=False).peak_host + 4 * chunk
+        held = chunk + 4 * plan.out_chunk_rows + 2 * ALIGNMENT  # with its part of lse
+        assert plan.peak_host == replanned(plan, to_store=False).peak_host + 16 * (4 * chunk + held)  # 16 threads send
     assert not oocattn.plan(dataset, result=here / "result.zarr", **ASKED).to_store
 
 
