@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,12 @@ def test_a_run_is_resumed_on_fewer_or_more_workers(
     result: Path,
     partials: str,
 ) -> None:
-    """On more than were planned for, it takes only as many as its memory is meant for."""
-    plan = plan_for(dataset, chunks=7, partials=partials, lanes=2)
-    right = uninterrupted(plan, dataset)
-    for workers, expected in ((1, 1), (3, 2)):
-        path = result.with_name(f"{workers}.zarr")
+    """On more than were planned for, it takes only as many as its budgets have room for."""
+    roomy = plan_for(dataset, chunks=7, partials=partials, lanes=2)
+    tight = replace(roomy, host_memory=roomy.peak_host, device_memory=roomy.peak_device)
+    right = uninterrupted(roomy, dataset)
+    for plan, workers, expected in ((roomy, 1, 1), (roomy, 3, 3), (tight, 3, 2)):
+        path = result.with_name(f"{workers}-{expected}.zarr")
         with local_client(workers=2) as two:
             interrupted(plan, dataset, path, "written", 4, client=two)
         with local_client(workers=workers) as others:

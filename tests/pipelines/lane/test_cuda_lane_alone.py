@@ -169,7 +169,7 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
     lane.close()
     assert left[-1] < SEGMENT + 64 * ALIGNMENT
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
-    assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0)[1] - temporaries
+    assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0, 0)[1] - temporaries
 
 
 @pytest.mark.parametrize("heard", [(0, 1), (1, 0)], ids=str)

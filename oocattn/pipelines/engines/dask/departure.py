@@ -59,6 +59,7 @@ class Departure(WorkerPlugin):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._give_back()
+        self.asked = True
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._begin)
 
@@ -67,20 +68,20 @@ class Departure(WorkerPlugin):
 
     async def _leave(self) -> None:
         """Hand over, wait until the driver has closed the lanes, end the worker, and pass the signal on."""
-        self.asked = True
         worker = self._worker
         assert worker is not None
-        lanes = self._lanes(worker)
+        lanes = self.lanes(worker)
         if lanes:
             await asyncio.gather(*(lane.hand_over(HANDING_OVER_SECONDS) for lane in lanes))
             until = time.monotonic() + CLOSED_SECONDS
-            while self._lanes(worker) and time.monotonic() < until:
+            while self.lanes(worker) and time.monotonic() < until:
                 await asyncio.sleep(PAUSE_SECONDS)
             await asyncio.sleep(ANSWERED_SECONDS)
             await worker.close(executor_wait=False, nanny=False, reason="SIGTERM")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _lanes(self, worker: Worker) -> list[LanePlugin]:
+    def lanes(self, worker: Worker) -> list[LanePlugin]:
+        """The lanes of a worker."""
         return [plugin for plugin in worker.plugins.values() if isinstance(plugin, LanePlugin)]
 
 
@@ -88,6 +89,13 @@ async def watch_for_departure(worker: Worker) -> None:
     """Have a worker hold SIGTERM back, from its first lane on."""
     if _NAME not in worker.plugins:
         await worker.plugin_add(Departure(), _NAME)
+
+
+async def end_watch(worker: Worker) -> None:
+    """Give SIGTERM back to a worker without lanes, unless it was asked to end."""
+    plugin = worker.plugins.get(_NAME)
+    if isinstance(plugin, Departure) and not plugin.asked and not plugin.lanes(worker):
+        await worker.plugin_remove(_NAME)
 
 
 def is_leaving(worker: Worker) -> bool:

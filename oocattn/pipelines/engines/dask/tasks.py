@@ -15,7 +15,7 @@ from distributed import Worker, get_worker
 
 from oocattn.pipelines.engines.base import perform
 from oocattn.pipelines.engines.dask.cluster import is_in_process
-from oocattn.pipelines.engines.dask.departure import watch_for_departure
+from oocattn.pipelines.engines.dask.departure import end_watch, watch_for_departure
 from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin, plugin_name, sendable_errors
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task
@@ -49,6 +49,7 @@ async def close_lane(run: str, dask_worker: Worker) -> int:
         return 0
     plugin.dismissed = True
     await dask_worker.plugin_remove(plugin_name(run))
+    await end_watch(dask_worker)
     return 1
 
 
@@ -60,6 +61,7 @@ async def close_stale_lanes(result: str, state: Path, dask_worker: Worker) -> No
         ):
             plugin.stopped = plugin.dismissed = True
             await dask_worker.plugin_remove(name)
+    await end_watch(dask_worker)
 
 
 def stop(run: str, dask_worker: Worker) -> int:
