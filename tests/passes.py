@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support import GENEROUS, GPU, MACHINE, replanned, with_partials
 
+import oocattn
 from oocattn import Plan, Survey
 from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines import session
@@ -77,6 +78,12 @@ def planned(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "plan_here", plan)
         yield
+
+
+def survey(result: Any, partials: str = "memory", **options: Any) -> Survey:
+    """A survey in 3 x 3 chunks."""
+    with planned(3, partials=partials):
+        return oocattn.survey(result, **{"engine": "inline", "pool": 7, **options})
 
 
 def copied(result: Path, place: Path) -> Path:

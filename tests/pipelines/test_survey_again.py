@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import zarr
 from interrupting import EnoughError, interrupt
-from passes import ARRAYS, bits, copied, planned
+from passes import ARRAYS, bits, copied, survey
 from refusing import refusing
 from support import BESIDE, damage, normal_arrays, write_dataset
 
 import oocattn
-from oocattn import BudgetError, IntegrityError, Survey
+from oocattn import BudgetError, IntegrityError
 from oocattn.naming import on_command_line
 from oocattn.pipelines import failing
 from oocattn.storage.journal import lock
@@ -56,11 +56,6 @@ def right(first: Path, shared_path: Path) -> dict[str, bytes]:
 @pytest.fixture
 def result(first: Path, fast_path: Path) -> Path:
     return copied(first, fast_path / "result.zarr")
-
-
-def survey(result: Any, partials: str = "memory", **options: Any) -> Survey:
-    with planned(3, partials=partials):
-        return oocattn.survey(result, **{"engine": "inline", "pool": 7, **options})
 
 
 def state_of(result: Path) -> Path:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from interrupting import EnoughError, interrupt
-from passes import ARRAYS, bits, copied, planned
+from passes import ARRAYS, bits, copied, survey
 from support import BESIDE, normal_arrays, write_dataset
 
 import oocattn
-from oocattn import ResultExistsError, Survey
+from oocattn import ResultExistsError
 from oocattn.storage.paths import SURVEY
 
 TOKENS = 150
@@ -40,11 +40,6 @@ def right(first: Path, shared_path: Path) -> dict[str, bytes]:
 @pytest.fixture
 def result(first: Path, fast_path: Path) -> Path:
     return copied(first, fast_path / "result.zarr")
-
-
-def survey(result: Path, partials: str = "memory", **options: Any) -> Survey:
-    with planned(3, partials=partials):
-        return oocattn.survey(result, **{"engine": "inline", "pool": 7, **options})
 
 
 def cut_off(result: Path, kind: str = "attended", count: int = 2, **options: Any) -> None:

@@ -75,12 +75,13 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
 #endif
 
 #if LISTED
-        int now_live = WHOLE;
+        int live = WHOLE;  // of the step that was weighed last
 #endif
         auto weigh = [&](int step, bool first) {
 #if LISTED
-            const auto [key, live] = for_warp(shared.steps[keys.slot()]);
-            now_live = live;
+            const Step own = for_warp(shared.steps[keys.slot()]);
+            const int key = own.first;
+            live = own.live;
             const bool masked = live != WHOLE && !is_whole(whole, key);
 #else
             const int key = item.key(step);
@@ -119,7 +120,6 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         auto begin_sums = [&] {
             wait(&shared.value_full[values.stage()], values.phase());
 #if LISTED
-            const int live = now_live;
             if (live < KEYS) clear_values(shared.value[values.stage()], live, 1 + consumer);
 #endif
             begin_values(sums.num, weights, further(first_value, values.stage() * VALUE_BYTES), sums.adds());

@@ -99,13 +99,9 @@ def attend(operands: Operands, state: AttentionState, *, precise: bool) -> None:
     terms = (cap is not None and cap < _NO_CAP, operands.slopes is not None, operands.key_bias is not None)
     columns, shifted = state.num.shape[-1], operands.shift is not None
     reductions, reduced, long = None, None, operands.keys > FOLDED_KEYS
-    if operands.reducing is not None:
-        reductions, reduced, columns, long = (
-            Reductions.of(operands.reducing),
-            Reduced.begin(operands.reducing, state),
-            0,
-            False,
-        )
+    if (reducing := operands.reducing) is not None:
+        reductions, reduced = Reductions.of(reducing), Reduced.begin(reducing, state)
+        columns, long = 0, False
     variant = Variant(query.shape[-1], columns, query.dtype, precise, long, False, False, *terms, shifted, reductions)
     unscaled = None
     if variant.numbers.split != "nothing":

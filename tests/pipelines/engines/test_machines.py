@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,19 @@ def data(shared_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def several(data: Path) -> Iterator[Machines]:
-    """Two machines that stay, and the dataset in the store."""
+    """Two machines that stay."""
+    with started(data, "a", "b") as found:
+        yield found
+
+
+@contextmanager
+def started(data: Path, *names: str) -> Iterator[Machines]:
+    """Machines with a worker each, and the dataset in the store."""
     with machines() as found:
         upload(found, data)
-        found.start("a")
-        found.start("b")
-        found.wait(2)
+        for name in names:
+            found.start(name)
+        found.wait(len(names))
         yield found
 
 
@@ -90,11 +98,7 @@ def test_workers_that_share_no_folder_need_job_state_in_the_store(several: Machi
 def test_a_worker_that_is_asked_to_end_hands_over_what_it_has(data: Path, partials: str) -> None:
     plan = plan_for(data, chunks=13, causal=True, lanes=2, partials=partials)
     recorder = Recorder([])
-    with machines() as found:
-        upload(found, data)
-        found.start("a")
-        found.start("b")
-        found.wait(2)
+    with started(data, "a", "b") as found:
 
         def preempt(event: Event) -> None:
             if event.kind == "attended" and len(recorder.of("attended")) == 6:
@@ -113,10 +117,7 @@ def test_a_worker_that_is_asked_to_end_hands_over_what_it_has(data: Path, partia
 def test_the_last_worker_may_leave_before_another_comes(data: Path) -> None:
     plan = plan_for(data, chunks=13, causal=True)
     recorder = Recorder([])
-    with machines() as found:
-        upload(found, data)
-        found.start("a")
-        found.wait(1)
+    with started(data, "a") as found:
 
         def exchange(event: Event) -> None:
             if event.kind == "attended" and len(recorder.of("attended")) == 6:
@@ -133,11 +134,7 @@ def test_the_last_worker_may_leave_before_another_comes(data: Path) -> None:
 def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -> None:
     plan = plan_for(data, chunks=13, causal=True, lanes=2, partials="memory")
     recorder = Recorder([])
-    with machines() as found:
-        upload(found, data)
-        found.start("a")
-        found.start("b")
-        found.wait(2)
+    with started(data, "a", "b") as found:
 
         def kill(event: Event) -> None:
             if event.kind == "attended" and len(recorder.of("attended")) == 6:
@@ -153,10 +150,7 @@ def test_what_a_killed_worker_had_not_saved_is_computed_by_another(data: Path) -
 def test_machines_that_join_are_used_after_the_next_checkpoint(data: Path) -> None:
     plan = replace(plan_for(data, chunks=31, causal=True), checkpoint_seconds=0.4)
     recorder = Recorder([])
-    with machines() as found:
-        upload(found, data)
-        found.start("a")
-        found.wait(1)
+    with started(data, "a") as found:
 
         def join(event: Event) -> None:
             if event.kind == "attended" and len(recorder.of("attended")) == 4:
