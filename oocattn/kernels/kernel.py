@@ -15,6 +15,9 @@ from oocattn.problem.calls import CallSize
 from oocattn.problem.scores import Scores
 
 MAX_KEYS = 65_536  # the most keys to chain: beyond, the error of 16-bit matrix units grows
+SMALL_SEGMENT, LEAST_ALONE = 2 << 20, 10 << 20
+"""Bytes that torch's allocator takes on a GPU for tensors of up to 1 MiB, and from which on one has a segment of its own."""
+
 HALF_DTYPES = ("float16", "bfloat16")  # the dtypes of 16-bit matrix units
 
 
@@ -163,6 +166,14 @@ class Kernel(ABC):
     @abstractmethod
     def scratch_bytes(self, call: CallSize) -> int:
         """Bytes that `attend` allocates at most; on a GPU what torch's allocator takes. Large calls do not take more."""
+
+    def segment_bytes(self, call: CallSize) -> int:
+        """Bytes of those that a lane on a GPU takes in one piece at first, of which the tensors of its calls are cut.
+
+        The others are for small ones, which do not come from it.
+        """
+        large = self.scratch_bytes(call) - SMALL_SEGMENT
+        return large if large >= LEAST_ALONE else 0
 
     @abstractmethod
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:

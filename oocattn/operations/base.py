@@ -21,6 +21,7 @@ from oocattn.kernels.state import AttentionState, Take
 from oocattn.operations.staging import StagedRows
 from oocattn.operations.tiles import Tile
 from oocattn.problem.problem import HeadGroup
+from oocattn.problem.staged import StagedArray
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Input:
     width: int
     dtype: torch.dtype
     first: int = 0
+
+    @classmethod
+    def of(cls, array: StagedArray) -> Input:
+        """That of an array of the problem."""
+        return cls(array.name, array.width, getattr(torch, array.dtype), array.first)
 
     def shape(self, heads: int, rows: int) -> tuple[int, ...]:
         """The shape of so many staged rows."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 
-import torch
 from torch import Tensor
 
 from oocattn.division.base import Block
@@ -20,6 +19,7 @@ from oocattn.operations.tiles import Tile, make_tiles
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import HeadGroup
+from oocattn.problem.staged import key_arrays, query_arrays
 
 KEPT_PIECES = 256  # pieces of query rows whose tiles are kept for the next head group of the same mask
 MOST_KEPT_TILES = 16  # of such a piece: each takes 1 to 5 kilobytes
@@ -35,10 +35,7 @@ class Forward:
         self._ledger = LedgerChecker()
         self._kept_tiles = lru_cache(KEPT_PIECES)(partial(_cut_all, plan))
         self._projection: Tensor | None = None  # of values
-        dtype = getattr(torch, problem.dtype)
-        self.query_inputs: tuple[Input, ...] = (Input("q", problem.head_dim, dtype),)
-        bias = (Input("key_bias", 0, torch.float32),) if problem.bias_heads else ()
-        self.key_inputs = (Input("k", problem.head_dim, dtype), Input("v", problem.value_dim, dtype), *bias)
+        self.query_inputs, self.key_inputs = (tuple(map(Input.of, arrays(problem))) for arrays in (query_arrays, key_arrays))
 
     def heads(self, name: str, group: HeadGroup) -> tuple[int, ...]:
         if name == "q":

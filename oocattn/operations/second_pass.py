@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from oocattn.kernels.state import AttentionState
-from oocattn.operations.base import Input
 from oocattn.operations.forward import Forward
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import HeadGroup
@@ -21,7 +20,6 @@ class SecondPass(Forward):
         problem, asked = plan.problem, plan.problem.second_pass
         if asked is not None and asked.seed is not None:
             self._projection = torch.from_numpy(sign_vectors(asked.seed, problem.value_dim))
-        self.query_inputs = (*self.query_inputs, Input(LSE, 0, torch.float32, problem.rows_asked[0]))
 
     def heads(self, name: str, group: HeadGroup) -> tuple[int, ...]:
         return tuple(group.outputs) if name == LSE else super().heads(name, group)

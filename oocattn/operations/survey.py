@@ -28,7 +28,6 @@ class Survey(SecondPass):
         super().__init__(plan)
         asked = plan.problem.second_pass
         self._along_keys, self._along_rows = reductions_of((asked and asked.reduced) or ())
-        self.key_inputs = tuple(each for each in self.key_inputs if each.name != "v")
 
     def _operands(
         self,

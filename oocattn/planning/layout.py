@@ -67,9 +67,11 @@ def lay_out(
     chunk_rows, out_chunk_rows = _chunk_rows(problem, problem.out_rows, candidate.query_chunks, hardware, inputs)
     key_chunk_rows = _key_chunk_rows(problem, candidate, chunk_rows, hardware, inputs)
     grid = ChunkGrid(*problem.rows_asked, candidate.query_chunks, chunk_rows, candidate.chunks, key_chunk_rows)
-    query_chunks, keys = _most_staged(candidate, problem, grid)
-    slot = slot_bytes(problem, query_chunks * chunk_rows, keys)
-    totals = totals_bytes(problem, chunk_rows, keys) if hardware.device == "cuda" else 0
+    staged = _most_staged(candidate, problem, grid)
+    slot, query_chunks = max((slot_bytes(problem, count * chunk_rows, keys), count) for count, keys in staged)
+    keys = max(keys for _, keys in staged)
+    of_gpu = hardware.device == "cuda"
+    totals = totals_bytes(problem.second_pass, problem.group_size, chunk_rows, keys) if of_gpu else 0
     device, states = hardware.device, (candidate.partials, candidate.accumulators)
     buffers = Buffers(slot, chunk_rows, out_chunk_rows, *states, device, to_store)
 
@@ -144,18 +146,16 @@ def _tile_choices(problem: Problem, chunk_rows: int, key_chunk_rows: int, max_ke
     return list(dict.fromkeys(Tiles(min(chunk_rows, query), keys) for query, keys in enough))
 
 
-def _most_staged(candidate: Candidate, problem: Problem, grid: ChunkGrid) -> tuple[int, int]:
-    """The most query chunks, and the most keys, that one subproblem stages.
+def _most_staged(candidate: Candidate, problem: Problem, grid: ChunkGrid) -> list[tuple[int, int]]:
+    """The most query chunks, and the most keys, that one subproblem stages: of each kind of subproblem.
 
     Triangular and perfect: a quorum's lowest chunk stages no Q and its highest no K/V, but for the one diagonal it owns.
     """
     if candidate.decomposition == "strips":
         needed = max(keys_needed(mask, grid, grid.chunk_rows)[1] for mask in problem.sampled_masks)
-        return 1, max(1, min(candidate.span * grid.key_chunk_rows, needed))
-    k = quorum_size(candidate.chunks)
+        return [(1, max(1, min(candidate.span * grid.key_chunk_rows, needed)))]
+    k, rows = quorum_size(candidate.chunks), grid.key_chunk_rows
     triangular = all(live_pairs(mask, grid).is_triangular for mask in problem.sampled_masks)
-    query_chunks, key_chunks = k, k
     if triangular and k * (k - 1) + 1 == candidate.chunks and k > 1:
-        query_row_bytes = problem.group_size * problem.query_row_bytes
-        query_chunks, key_chunks = (k, k - 1) if query_row_bytes >= problem.kv_row_bytes else (k - 1, k)
-    return query_chunks, key_chunks * grid.key_chunk_rows
+        return [(k, (k - 1) * rows), (k - 1, k * rows)]
+    return [(k, k * rows)]

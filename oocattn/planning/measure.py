@@ -129,7 +129,7 @@ def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) ->
     inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
     operands = AttentionState.nbytes_for(1, rows, problem.columns) + inputs * problem.itemsize + 4 * keys
     call = replace(call_size(problem, rows, keys, threads), group_size=1, masked=False)
-    taken = operands + get_kernel(name).scratch_bytes(call) + totals_bytes(problem, rows, keys) + SEGMENTS
+    taken = operands + get_kernel(name).scratch_bytes(call) + totals_bytes(problem.second_pass, 1, rows, keys) + SEGMENTS
     return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), taken
 
 

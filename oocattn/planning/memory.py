@@ -1,15 +1,21 @@
 """Memory of a lane in bytes: the one place that both the planner and the lanes use.
 
-A CPU lane is its own device, so its device memory is part of its host memory. On a GPU a query tile (its rows of each
-head of the group) stays on the device with its state while one key tile after another passes by.
+A CPU lane is its own device, so its device memory is part of its host memory; of a GPU's one allocation the
+pieces are described here, which a lane takes. There a query tile (its rows of each head of the group) stays with its state
+while one key tile after another passes by.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.problem import Problem
+from oocattn.problem.second_pass import SecondPass
+from oocattn.problem.staged import StagedArray, key_arrays, query_arrays
 from oocattn.records import Positive
 from oocattn.units import ceil_div, round_up
 
@@ -32,6 +38,9 @@ LEDGER_SCRATCH_BYTES = 3 << 20  # temporaries of the ledger: some rows are enter
 KEY_NUMBER_BYTES = 16  # of the number of each staged key that a survey has, twice while they are gathered
 ALIGNMENT = 256  # every buffer begins at a multiple of this
 SEGMENT = 2 << 20  # unit of large allocations on a GPU, and of host memory in huge pages
+LEAST_ARENA = 10 << 20  # of a GPU's one allocation: for a smaller one torch's allocator takes 20 MiB
+
+_ITEMSIZES = {**DTYPES, "int64": 8, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -103,10 +112,10 @@ def sums_bytes(problem: Problem, blocks: int, keys: int, rows: int) -> int:
     return 8 * problem.group_size * numbers + (blocks * PAGE if numbers else 0)
 
 
-def totals_bytes(problem: Problem, rows: int, keys: int) -> int:
-    """Bytes of what a GPU sums over the rows of a block, of so many rows and keys at most."""
+def totals_bytes(asked: SecondPass | None, group_size: int, rows: int, keys: int) -> int:
+    """Bytes of what a GPU sums over the rows of a block of g heads, of so many rows and keys at most."""
     of_heads, of_keys, tensors = 0, 0, 0  # numbers of 16 bytes for one head, and of 4 bytes
-    for each in (problem.second_pass and problem.second_pass.reduced) or ():
+    for each in (asked and asked.reduced) or ():
         if each.name == "pooled":
             row_block, _, _, most = each.numbers
             of_heads += (rows // row_block + 2) * min(most, keys)
@@ -116,7 +125,7 @@ def totals_bytes(problem: Problem, rows: int, keys: int) -> int:
         elif not each.columns:
             of_heads += keys
         tensors += 2
-    return 16 * problem.group_size * of_heads + 4 * of_keys + ALIGNMENT * tensors
+    return 16 * group_size * of_heads + 4 * of_keys + ALIGNMENT * tensors
 
 
 def slot_bytes(problem: Problem, queries: int, keys: int) -> int:
@@ -136,8 +145,8 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
     host = buffers.nbytes(problem) + sending_bytes(problem, buffers)
     host += MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + numbers
     if buffers.device == "cuda":
-        totals = totals_bytes(problem, buffers.chunk_rows, keys)
-        return device_arena_bytes(problem, tiles, buffers.partials, totals) + kernel_scratch, host + totals
+        totals = totals_bytes(asked, problem.group_size, buffers.chunk_rows, keys)
+        return DevicePieces.of(problem, tiles, buffers.partials, totals).nbytes + kernel_scratch, host + totals
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
     return STAGING_SLOTS["cpu"] * buffers.slot + working, host + working
 
@@ -156,16 +165,73 @@ def sending_bytes(problem: Problem, buffers: Buffers) -> int:
     return SENT_COPIES * buffers.writers(problem) * chunk if buffers.to_store else 0
 
 
-def device_arena_bytes(problem: Problem, tiles: Tiles, partials: str, totals: int = 0) -> int:
-    """Bytes of a CUDA lane's one allocation: query tiles, states, keys, merging, sums over the rows of blocks."""
-    query = problem.group_size * tiles.query * problem.query_row_bytes
-    key = tiles.key * problem.kv_row_bytes
-    state = problem.state_bytes(tiles.query)
-    merging = state if partials == "memory" else 2 * problem.state_bytes(PARTIAL_BLOCK_ROWS)
-    finalising = FINALISED_ROWS * (problem.columns * (4 + DTYPES[problem.out_dtype]) + 28)  # of one head
-    pieces = 7 * QUERY_SLOTS + 3 * KEY_SLOTS + 17 + TOTALS_SLOTS
-    sums = TOTALS_SLOTS * totals
-    return _in_segments(QUERY_SLOTS * (query + state) + KEY_SLOTS * key + merging + finalising + sums + ALIGNMENT * pieces)
+class Piece(NamedTuple):
+    """A tensor of a lane."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * _ITEMSIZES[self.dtype]
+
+
+Pieces = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class DevicePieces:
+    """Tensors of a lane on a GPU. Of rings there are those of each slot.
+
+    States are num, den, max, keys and key_sum. Others are the inputs of query tiles and of key tiles, what a finished chunk
+    is divided into, and the memory of sums over the rows of blocks, of which the last keeps those before a tile.
+    """
+
+    queries: tuple[Pieces, ...]
+    states: tuple[Pieces, ...]
+    keys: tuple[Pieces, ...]
+    finalised: Pieces
+    divided: Pieces
+    totals: Pieces
+    merged: tuple[Pieces, ...]
+
+    @classmethod
+    def of(cls, problem: Problem, tiles: Tiles, partials: str, totals: int) -> DevicePieces:
+        """Those of a plan with partials in this place, and so many bytes of sums over the rows of a block."""
+        group_size, columns = problem.group_size, problem.columns
+        state = _state(group_size, tiles.query, columns)
+        out = Piece((1, FINALISED_ROWS, columns), problem.out_dtype), Piece((1, FINALISED_ROWS), "float32")
+        blocks = 2 * (_state(group_size, PARTIAL_BLOCK_ROWS, columns),)
+        return cls(
+            queries=QUERY_SLOTS * (_tile(query_arrays(problem), tiles.query),),
+            states=QUERY_SLOTS * (state,),
+            keys=KEY_SLOTS * (_tile(key_arrays(problem), tiles.key),),
+            finalised=_state(1, FINALISED_ROWS, columns),
+            divided=out,
+            totals=TOTALS_SLOTS * (Piece((totals,), "uint8"),) if totals else (),
+            merged=(state,) if partials == "memory" else blocks,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the allocation of all."""
+        taken = sum(round_up(piece.nbytes, ALIGNMENT) for each in fields(self) for piece in _flat(getattr(self, each.name)))
+        return max(LEAST_ARENA, _in_segments(taken))
+
+
+def _tile(arrays: tuple[StagedArray, ...], rows: int) -> Pieces:
+    return tuple(Piece((each.heads * rows * max(1, each.width),), each.dtype) for each in arrays)
+
+
+def _state(group_size: int, rows: int, columns: int) -> Pieces:
+    of_heads, of_rows = Piece((group_size, rows), "float32"), Piece((rows,), "int64")
+    return Piece((group_size, rows, columns), "float32"), of_heads, of_heads, of_rows, of_rows
+
+
+def _flat(pieces: Pieces | tuple[Pieces, ...]) -> Iterator[Piece]:
+    for each in pieces:
+        yield from (each,) if isinstance(each, Piece) else each
 
 
 def _in_segments(count: int) -> int:

@@ -17,6 +17,7 @@ from oocattn.problem.mask import Mask
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.scores import Scale, Scores
 from oocattn.problem.second_pass import SecondPass
+from oocattn.problem.staged import key_arrays, query_arrays
 from oocattn.records import OMITTED, UNRECORDED, Range, from_json
 
 Extent = Annotated[int, Range(1, 2**48)]  # the size of one dimension
@@ -131,14 +132,12 @@ class Problem:
     @property
     def kv_row_bytes(self) -> int:
         """Bytes of a key, its value where that is read, and its bias, of one KV head."""
-        of_bias = 4 * min(self.bias_heads, self.group_size)
-        of_value = self.value_dim if self.second_pass is None or self.second_pass.has_values else 0
-        return (self.head_dim + of_value) * self.itemsize + of_bias
+        return sum(each.heads * each.row_bytes for each in key_arrays(self))
 
     @property
     def query_row_bytes(self) -> int:
         """Bytes of a query of one head, and of its log-sum-exp where a second pass reads that."""
-        return self.head_dim * self.itemsize + (0 if self.second_pass is None else 4)
+        return sum(each.row_bytes for each in query_arrays(self))
 
     @property
     def input_bytes(self) -> int:

@@ -59,6 +59,21 @@ def allocated_bytes(*sizes: int) -> int:
     return round_up(small, 2 * _MIB) + _shared_segments(middle) * 20 * _MIB + large
 
 
+def segment_bytes(*sizes: int) -> int:
+    """Bytes of one segment of which tensors of at most these sizes are cut, but for those up to 1 MiB; 0 where all are."""
+    large = sum(round_up(size, 512) for size in sizes if size > _MIB)
+    return max(10 * _MIB, round_up(large, 2 * _MIB)) if large else 0
+
+
+def small_bytes(*sizes: int) -> int:
+    """The most bytes that torch's allocator takes for those of the tensors, of at most these sizes, that have up to 1 MiB.
+
+    They share segments of 2 MiB, of which each holds two at least. In a small call every tensor may be small.
+    """
+    most = [min(round_up(size, 512), _MIB) for size in sizes if size]
+    return 2 * _MIB * min(ceil_div(len(most), 2), sum(most) // _MIB + 1) if most else 0
+
+
 def _shared_segments(sizes: list[int]) -> int:
     """The most segments of 20 MiB for these sizes, of which two always fit in one."""
     if not sizes:

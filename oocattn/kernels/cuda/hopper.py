@@ -14,7 +14,7 @@ from importlib import import_module
 
 import torch
 
-from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason
+from oocattn.kernels.cuda.device import allocated_bytes, hopper_reason, segment_bytes, small_bytes
 from oocattn.kernels.cuda.items import scratch_sizes
 from oocattn.kernels.cuda.tuning import FOLDED_KEYS, MOST_COLUMNS, Numbers, numbers_for, tuning_for
 from oocattn.kernels.kernel import HALF_DTYPES, Kernel, Operands, unsupported_dtype
@@ -55,12 +55,23 @@ class HopperKernel(Kernel):
             import_module("oocattn.kernels.cuda.launch").attend(operands, state, precise=not self.rounds_weights)
 
     def scratch_bytes(self, call: CallSize) -> int:
-        """Parts of float32 numbers, counters, bounds and items, results of a split call; not the copies of odd tensors."""
+        """Parts of float32 numbers, counters, bounds and items, results of a split call; not the copies of odd tensors.
+
+        Calls by themselves take segments of several sizes, those of a lane one for all that is large.
+        """
+        sizes = self.scratch_sizes(call)
+        return max(allocated_bytes(*sizes), segment_bytes(*sizes) + small_bytes(*sizes))
+
+    def segment_bytes(self, call: CallSize) -> int:
+        return segment_bytes(*self.scratch_sizes(call))
+
+    def scratch_sizes(self, call: CallSize) -> tuple[int, ...]:
+        """Bytes of the tensors that a call, or a smaller one, allocates at most."""
         if self.shifted:
             call = replace(call, value_dim=VECTORS)
         numbers, long = self.numbers(call.dtype), call.keys > FOLDED_KEYS
         tuning = tuning_for(call.head_dim, call.value_dim, numbers, long=long, plain=call.plain)
-        return allocated_bytes(*scratch_sizes(call, tuning))
+        return scratch_sizes(call, tuning)
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         reason = hopper_reason(device) or self._operands_reason(dtype, head_dim, value_dim)

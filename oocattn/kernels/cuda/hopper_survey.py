@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from oocattn.kernels.cuda.device import allocated_bytes
+from oocattn.kernels.cuda.device import allocated_bytes, small_bytes
 from oocattn.kernels.cuda.hopper import HopperKernel, refusal_of
 from oocattn.kernels.cuda.items import scratch_sizes
 from oocattn.kernels.cuda.reducing import Reductions
@@ -37,18 +37,23 @@ class HopperSurveyKernel(HopperKernel):
         return numbers_for(dtype, reduced=True)
 
     def scratch_bytes(self, call: CallSize) -> int:
-        """What `hopper` takes but for values; sums of rows; what merging states takes on another stream, and once more.
+        """What `hopper` takes but for values; sums of rows; and what merging states takes, on another stream."""
+        return super().scratch_bytes(call) + self._merging_bytes(call)
 
-        A lane takes all of it for the kernel's stream at first.
-        """
+    def scratch_sizes(self, call: CallSize) -> tuple[int, ...]:
         along_keys, along_rows = reductions_of(call.reduced)
         logarithms = any(each.needs_exponents for each, _ in along_keys)
         top = max((each.top for each, _ in along_keys), default=0)
         pooled = [each.pools is not None for each in along_rows]
         reductions = Reductions(logarithms, not all(pooled), any(pooled), top)
         tuning = reducing_tuning(call.head_dim, self.numbers(call.dtype), reductions, plain=call.plain)
-        sizes = scratch_sizes(replace(call, value_dim=0), tuning)
-        return allocated_bytes(*sizes, 4 * call.group_size * call.rows) + 2 * allocated_bytes(*merging_sizes("cuda"))
+        return *scratch_sizes(replace(call, value_dim=0), tuning), 4 * call.group_size * call.rows
+
+    @staticmethod
+    def _merging_bytes(call: CallSize) -> int:
+        """What torch's allocator takes to merge states, many rows at a time and at last few."""
+        sizes = merging_sizes("cuda", call.group_size, call.reduced)
+        return allocated_bytes(*sizes) + small_bytes(*sizes)
 
     def unsupported_reason(self, device: torch.device, dtype: str, head_dim: int, value_dim: int) -> str:
         return super().unsupported_reason(device, dtype, head_dim, head_dim)  # values are not read

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from oocattn.kernels.reductions.totals import Totals
 
 _MERGED = {"cpu": 1 << 15, "cuda": 1 << 19}  # numbers of states that are merged at a time
-_MERGING_BYTES = (4, 4, 4, 8, 2)  # of each, in the temporaries of a merge
+_MERGING_BYTES = (4, 4, 4, 8, 2)  # of each, in the temporaries of a merge of the largest weights
 
 Float64s = NDArray[np.float64]
 Int64s = NDArray[np.int64]
@@ -218,9 +218,12 @@ class Reducing:
         return max(1, sum(columns for _, columns in self.rows))
 
 
-def merging_sizes(device_type: str) -> tuple[int, ...]:
-    """Bytes of the tensors that `merge_reduced` takes at a time besides the states."""
-    return tuple(count * _MERGED[device_type] for count in _MERGING_BYTES)
+def merging_sizes(device_type: str, group_size: int, reduced: Sequence[Reduced]) -> tuple[int, ...]:
+    """Bytes of the tensors that `merge_reduced` takes at a time, at most, besides the states of g heads; none for sums."""
+    if not any(each.name == "top_keys" for each in reduced):
+        return ()
+    numbers = max(_MERGED[device_type], group_size * sum(each.columns for each in reduced))
+    return tuple(count * numbers for count in _MERGING_BYTES)
 
 
 def merge_reduced(rows: Sequence[tuple[RowReduction, int]], into: AttentionState, other: AttentionState) -> None:

@@ -81,7 +81,7 @@ class CudaDevice:
             self._copy, self._compute = torch.cuda.Stream(self._device), torch.cuda.Stream(self._device)
             # Small kernels go first where a block of the large one ends, or they would wait for all that is enqueued.
             self._back, self._merge_stream = (torch.cuda.Stream(self._device, priority=-1) for _ in range(2))
-            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows, operation)
+            self._buffers = take_device_memory(self._device, self._compute, plan, self.tile_rows)
             self._clock = DeviceClock(self._compute)
         self._ahead: deque[tuple[torch.cuda.Event, int]] = deque()
         """The end of each key tile that is ahead, and its pairs of all heads."""

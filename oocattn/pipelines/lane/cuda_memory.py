@@ -22,19 +22,9 @@ from oocattn.errors import BudgetError
 from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.naming import named
-from oocattn.operations.base import Operation
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.planning.layout import call_size
-from oocattn.planning.memory import (
-    FINALISED_ROWS,
-    KEY_SLOTS,
-    PARTIAL_BLOCK_ROWS,
-    QUERY_SLOTS,
-    SEGMENT,
-    TOTALS_SLOTS,
-    Tiles,
-    device_arena_bytes,
-)
+from oocattn.planning.memory import DevicePieces, Pieces, Tiles
 from oocattn.planning.plan import Plan
 from oocattn.threads import ThreadPool
 from oocattn.units import format_bytes
@@ -98,50 +88,34 @@ class SlotRing(Generic[T]):
 
 
 class DeviceBuffers:
-    """Device memory of a lane: rings of query tiles, states and keys, and scratch."""
+    """Device memory of a lane: rings of query tiles, states and keys, and scratch; `pieces` cut of one allocation."""
 
-    def __init__(self, memory: torch.Tensor, plan: Plan, tiles: Tiles, operation: Operation) -> None:
-        arena, problem = Arena(memory), plan.problem
-        group, dim = problem.group_size, problem.columns
-        self.queries = SlotRing(
-            [
-                tuple(arena.take((group * tiles.query * max(1, each.width),), each.dtype) for each in operation.query_inputs)
-                for _ in range(QUERY_SLOTS)
-            ]
-        )
-        self.states = SlotRing([arena.state(group, tiles.query, dim) for _ in range(QUERY_SLOTS)])
-        heads, inputs = min(problem.bias_heads, group), operation.key_inputs
-        sizes = [tiles.key * source.width if source.width else heads * tiles.key for source in inputs]
-        self.keys = SlotRing(
-            [
-                tuple(arena.take((size,), source.dtype) for size, source in zip(sizes, inputs, strict=True))
-                for _ in range(KEY_SLOTS)
-            ]
-        )
-        self.finalised = arena.state(1, FINALISED_ROWS, dim)
-        self.out = arena.take((1, FINALISED_ROWS, dim), getattr(torch, problem.out_dtype))
-        self.lse = arena.take((1, FINALISED_ROWS), torch.float32)
-        self.totals, self.kept_totals = SlotRing[torch.Tensor]([]), torch.empty(0, dtype=torch.uint8, device=memory.device)
-        if plan.totals_bytes:
-            *slots, self.kept_totals = (arena.take((plan.totals_bytes,), torch.uint8) for _ in range(TOTALS_SLOTS))
-            self.totals = SlotRing(slots)
-        merged = [tiles.query] if plan.partials == "memory" else 2 * [PARTIAL_BLOCK_ROWS]
-        self.merged = [arena.state(group, rows, dim) for rows in merged]
+    def __init__(self, memory: torch.Tensor, pieces: DevicePieces) -> None:
+        arena = Arena(memory)
+
+        def take(each: Pieces) -> tuple[torch.Tensor, ...]:
+            return tuple(arena.take(piece.shape, getattr(torch, piece.dtype)) for piece in each)
+
+        self.queries, self.keys = (SlotRing(list(map(take, slots))) for slots in (pieces.queries, pieces.keys))
+        self.states = SlotRing([AttentionState(*take(state)) for state in pieces.states])
+        self.finalised = AttentionState(*take(pieces.finalised))
+        self.out, self.lse = take(pieces.divided)
+        *slots, kept = take(pieces.totals) or (torch.empty(0, dtype=torch.uint8, device=memory.device),)
+        self.totals, self.kept_totals = SlotRing[torch.Tensor](slots), kept
+        self.merged = [AttentionState(*take(state)) for state in pieces.merged]
 
 
-def take_device_memory(
-    device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows, operation: Operation
-) -> DeviceBuffers:
+def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: Plan, rows: TileRows) -> DeviceBuffers:
     """Take all device memory at once, with smaller tiles where it is short; BudgetError where none are small enough."""
-    problem = plan.problem
+    problem, kernel = plan.problem, get_kernel(plan.kernel)
     while True:
         tiles = Tiles(rows.count, plan.tiles.key)
-        nbytes = device_arena_bytes(problem, tiles, plan.partials, plan.totals_bytes)
-        scratch = get_kernel(plan.kernel).scratch_bytes(call_size(problem, tiles.query, tiles.key, plan.threads))
+        pieces = DevicePieces.of(problem, tiles, plan.partials, plan.totals_bytes)
+        segment = kernel.segment_bytes(call_size(problem, tiles.query, tiles.key, plan.threads))
         try:
-            with torch.cuda.stream(compute):  # one segment, of which the results of all calls are cut
-                torch.empty(max(0, scratch - SEGMENT), dtype=torch.uint8, device=device)
-            return DeviceBuffers(torch.empty(nbytes, dtype=torch.uint8, device=device), plan, tiles, operation)
+            with torch.cuda.stream(compute):  # of which the results of all calls are cut
+                torch.empty(segment, dtype=torch.uint8, device=device)
+            return DeviceBuffers(torch.empty(pieces.nbytes, dtype=torch.uint8, device=device), pieces)
         except torch.OutOfMemoryError as error:
             rows.halve(error)
 

@@ -29,6 +29,7 @@ from oocattn.pipelines.lane.partials import files as partial_files
 from oocattn.pipelines.lane.partials.store import Destination
 from oocattn.planning.memory import (
     ALIGNMENT,
+    LEAST_ARENA,
     LEDGER_SCRATCH_BYTES,
     MERGE_SCRATCH_BYTES,
     SEGMENT,
@@ -145,14 +146,14 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
     problem: dict,
     tiles: tuple[int, int],
 ) -> None:
-    """Memory of exactly the planned size is enough for all that is taken of it, and not much is left."""
-    left: list[int] = []
+    """Memory of exactly the planned size is enough for all that is taken of it; of more than the least not much is left."""
+    left: list[tuple[int, int]] = []
     pinned: list[int] = []
 
     class Watched(Arena):
         def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
             taken = super().take(shape, dtype)
-            left.append(len(self._memory) - self._used)
+            left.append((len(self._memory), len(self._memory) - self._used))
             return taken
 
     class Counted(pretend.Memory):
@@ -167,7 +168,8 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
     lane = make_lane(made)
     lane.memory._allocated.result()
     lane.close()
-    assert left[-1] < SEGMENT + 64 * ALIGNMENT
+    memory, rest = left[-1]
+    assert rest < SEGMENT + ALIGNMENT or memory == LEAST_ARENA
     temporaries = MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES
     assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0, 0)[1] - temporaries
 
