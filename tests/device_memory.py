@@ -30,6 +30,7 @@ from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda_memory import TileRows, take_device_memory
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.planning import measure
+from oocattn.problem.problem import Problem
 from oocattn.units import round_up
 
 MIB = 1 << 20
@@ -148,6 +149,19 @@ def a_gpu_of_sizes() -> Iterator[CachingAllocator]:
         patch.setattr("oocattn.kernels.merging._fused", lambda tensor: merging)
         patch.setitem(base._MERGED, "meta", base._MERGED["cuda"])
         yield allocator
+
+
+def measured(kernel: str, problem: Problem) -> tuple[int, int]:
+    """What a kernel's rate is measured in for a problem, at most, and what the plan says of it; in bytes."""
+    with a_gpu_of_sizes() as allocator, pytest.MonkeyPatch.context() as patch:
+        sample = measure.Sample.of(problem)
+        patch.setattr(measure, "_seconds", lambda work, _: work() or 1.0)
+        patch.setattr(measure, "release_cached_memory", lambda _: None)
+        patch.setitem(measure.MOMENT, "meta", 1.0)
+        measure._time_calls(kernel, sample, *measure.CUDA_SAMPLE, META)
+        measure._launch_everything(kernel, sample, META)
+        patch.setattr(measure, "kernel_rate", lambda *_: 1.0)
+        return allocator.most_reserved, measure._gpu_rate(kernel, problem, 2048, 1)[1]
 
 
 class SizedLane:

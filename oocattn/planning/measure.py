@@ -128,8 +128,9 @@ def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) ->
     release_cached_memory(torch.device("cuda"))
     inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
     operands = AttentionState.nbytes_for(1, rows, problem.columns) + inputs * problem.itemsize + 4 * keys
+    asked = problem.second_pass and problem.second_pass.of_sample(rows, keys)
     call = replace(call_size(problem, rows, keys, threads), group_size=1, masked=False)
-    taken = operands + get_kernel(name).scratch_bytes(call) + totals_bytes(problem.second_pass, 1, rows, keys) + SEGMENTS
+    taken = operands + get_kernel(name).scratch_bytes(call) + totals_bytes(asked, 1, rows, keys) + SEGMENTS
     return measured * (1 + half_rate_rows / rows) * (1 + HALF_RATE_KEYS / keys), taken
 
 
@@ -243,7 +244,7 @@ class Sample(NamedTuple):
         if self.second_pass is None:
             return found
         shift = torch.full((1, rows), math.log(keys), device=where, dtype=torch.float32)
-        return of_second_pass(found, self.second_pass, shift)
+        return of_second_pass(found, self.second_pass.of_sample(rows, keys), shift)
 
 
 @lru_cache

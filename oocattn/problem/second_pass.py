@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.records import OMITTED, Count
+from oocattn.units import ceil_div
 
 LSE = "lse"
 """The name of the input that has the log-sum-exp of each row that is asked for."""
@@ -25,6 +26,9 @@ ARRAYS = tuple(_NUMBERS)
 MOST_TOP, MOST_POOLS = 128, 4096
 """Keys of each row that it keeps, and blocks along a side of its map, at most."""
 
+SAMPLED_POOLS = 1024
+"""Blocks along a side of the map of rows and keys that a kernel is timed on, at most: their sums take 16 MiB on a GPU."""
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -37,6 +41,16 @@ class Reduced:
     def __post_init__(self) -> None:
         if len(self.numbers) != _NUMBERS.get(self.name) or 0 in self.numbers[:2]:  # the sizes of what it keeps
             raise ValueError(f"no reduction {self.name!r:.40} of numbers {list(self.numbers)!s:.80}")
+
+    def of_sample(self, rows: int, keys: int) -> Reduced:
+        """See `SecondPass.of_sample`."""
+        if self.name != "pooled":
+            return self
+        row_block, key_block, *_ = self.numbers
+        row_block, key_block = (
+            max(block, ceil_div(count, SAMPLED_POOLS)) for block, count in ((row_block, rows), (key_block, keys))
+        )
+        return Reduced(self.name, (row_block, key_block, 0, ceil_div(keys, key_block)))
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,12 @@ class SecondPass:
     def has_sums(self) -> bool:
         """Whether it sums over rows, and so keeps sums of every block of pairs."""
         return any(not each.columns for each in self.reduced or ())
+
+    def of_sample(self, rows: int, keys: int) -> SecondPass:
+        """The same of so many rows and keys by themselves, counted from 0, of which the pools take little memory."""
+        if self.reduced is None:
+            return self
+        return SecondPass(reduced=tuple(each.of_sample(rows, keys) for each in self.reduced))
 
     @property
     def has_values(self) -> bool:

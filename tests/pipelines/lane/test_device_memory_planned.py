@@ -13,7 +13,7 @@ from support import GPU, a_problem, replanned, with_partials
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="it comes with torch's builds for CUDA")
 
-from device_memory import SizedLane, a_gpu_of_sizes
+from device_memory import MIB, SizedLane, a_gpu_of_sizes, measured
 
 from oocattn import BudgetError, Plan
 from oocattn.kernels.registry import get_kernel
@@ -131,6 +131,18 @@ def test_a_run_and_a_proof_take_what_is_planned(
     if kernel == "hopper-weights":
         problem = replace(problem, out_dtype="float32", second_pass=SecondPass(7))
     check_division(problem, kernel, division, 1 << power)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("tokens", "pools"), [(1000, 1024), (5000, 700), (1 << 15, 4096), (1 << 20, 4096)])
+def test_timing_a_kernel_for_a_survey_takes_what_is_planned_and_little(tokens: int, pools: int, dtype: str) -> None:
+    """Also where the rows and keys that are timed have many times as many pools as those of the problem."""
+    problem = a_problem(tokens, query_heads=8, kv_heads=1, head_dim=72, dtype=dtype)
+    for top in (1, 64, 128):
+        found, planned = measured("hopper-survey", surveyed(problem, top=top, pools=pools))
+        assert found <= planned < 200 * MIB
+    found, planned = measured("hopper", problem)
+    assert found <= planned < 200 * MIB
 
 
 @pytest.mark.parametrize("kernel", ["hopper", "hopper-survey"])
