@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,24 +12,29 @@ from oocattn import arguments
 from oocattn.api import RUN_OPTIONS, end_of, listeners_of
 from oocattn.arguments import MOST_SEED, Duration, Size, checked
 from oocattn.denormals import keep_denormals
+from oocattn.errors import IntegrityError
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import DASHBOARD, refuse_without_pass
 from oocattn.pipelines.existing import result_at
+from oocattn.pipelines.finished import parts_of
 from oocattn.pipelines.questions import Questions
+from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey import Survey, survey_result
-from oocattn.pipelines.watch.events import Callback, Event, Started
+from oocattn.pipelines.watch.events import Callback, Event, Started, Written
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
 from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import weights_dtype
+from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
 from oocattn.storage.paths import ALL_ROWS, LOCKS, SURVEY, ResultLike, ResultPaths
 from oocattn.storage.remote.limits import limited
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.summary import PlanRecord
 from oocattn.threads import count_cores
 
 if TYPE_CHECKING:  # importing distributed takes a second: only passes do
@@ -36,6 +42,7 @@ if TYPE_CHECKING:  # importing distributed takes a second: only passes do
 
     from oocattn.verification.all_rows import AllRowsArrays
     from oocattn.verification.certificate import Certificate
+    from oocattn.verification.certify import Beforehand
 
 
 @checked(
@@ -116,20 +123,54 @@ def _certify(
             return certify(paths, arrays, host_memory=budget, **chosen)
     place = paths, arrays, chosen["inputs"], chosen["storage_options"]
     workplace, callbacks, until = carrying_out
-    with closing(Beforehand(paths, arrays, **chosen)) as beforehand:
-
-        def begin(event: Event) -> None:
-            if isinstance(event, Started) and _leaves_cores(event.plan):
-                beforehand.begin(budget - event.plan.peak_host, max(1, count_cores() // 2))
-
-        every = _every_row(place, proof, host_memory, (workplace, [*callbacks, begin], until))
+    with closing(Beforehand(paths, arrays, host_memory=budget, **chosen)) as beforehand:
+        meanwhile = _Meanwhile(beforehand, ResultPaths.at(paths.state / ALL_ROWS), budget)
+        every = _every_row(place, proof, host_memory, (workplace, [*callbacks, meanwhile], until))
         with every as compared, keep_denormals():
             return certify(paths, arrays, host_memory=budget, all_rows=compared, beforehand=beforehand, **chosen)
+
+
+class _Meanwhile:
+    """A listener that has a result verified, as far as that can be, while a second pass to `paths` leaves cores idle."""
+
+    def __init__(self, beforehand: Beforehand, paths: ResultPaths, budget: int) -> None:
+        self._beforehand, self._paths, self._budget = beforehand, paths, budget
+        self._plan: Plan | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Started) and _leaves_cores(event.plan):
+            self._plan, beside = event.plan, self._budget - event.plan.peak_host
+            self._beforehand.begin(beside, max(1, count_cores() // 2), partial(self._growing, event.plan))
+            for place in event.done.chunks:
+                self._tell_written(event.plan, *place)
+        elif isinstance(event, Written) and self._plan is not None:
+            self._tell_written(self._plan, event.head_group, event.index)
+
+    def _tell_written(self, plan: Plan, head_group: int, chunk: int) -> None:
+        for batch, head, part in parts_of(plan, head_group, chunk):
+            start = part * plan.out_chunk_rows
+            rows = range(start, min(start + plan.out_chunk_rows, plan.problem.out_rows))
+            self._beforehand.written.tell(batch, head, rows)
+
+    def _growing(self, plan: Plan) -> AllRowsArrays:
+        """What there will be of the pass. Raises IntegrityError where it is done."""
+        from oocattn.verification.all_rows import AllRowsArrays
+
+        begun, asked = find_unfinished(self._paths, recost=False), plan.problem.second_pass
+        if begun is None or asked is None or asked.seed is None:
+            raise IntegrityError(f"{self._paths.result}: no second pass is under way")
+        place = begun.growing.path
+        return AllRowsArrays(ResultArrays.open(place), str(place), asked.seed, _rounds(plan.problem, plan))
 
 
 def _leaves_cores(plan: Plan) -> bool:
     """Whether a pass leaves most cores idle: it is computed by GPUs."""
     return plan.device == "cuda"
+
+
+def _rounds(problem: Problem, plan: Plan | PlanRecord) -> bool:
+    """Whether the kernel of a pass rounds weights."""
+    return weights_dtype(problem.dtype, plan.rounds_weights) != "float32"
 
 
 @contextmanager
@@ -146,8 +187,8 @@ def _every_row(
     seed = proof.second_pass.seed
     assert seed is not None
     with second_pass(first, proof, host_memory, *carrying_out) as second:
-        rounds = weights_dtype(first.problem.dtype, second.plan.rounds_weights) != "float32"
-        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first), rounds)
+        words = second.computed_by, second.is_other(first)
+        yield AllRowsArrays(second.arrays, second.location, seed, _rounds(first.problem, second.plan), *words)
 
 
 @checked(

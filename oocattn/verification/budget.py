@@ -28,6 +28,7 @@ LEAST_STEP_BYTES = 64 << 10  # the same, at least: below it, calls take longer t
 BASE_BYTES = 4 << 20  # for what does not grow with tiles and steps: Zarr's and Python's own
 ROW_BYTES = 8 << 10  # for a row in the sample, in the certificate and on its page
 PLACE_BYTES = 1 << 10  # for a suspected row, while it waits to be recomputed
+BLOCK_BYTES = 1 << 10  # for a block of rows that is compared while the pass goes on, with what tells that it is written
 PART_BYTES = 128  # for the checksum of a part, as it is read and parsed
 
 
@@ -82,6 +83,16 @@ def fit(
         all_rows = Sizes(block_rows, sizes.fit_threads(partial(second.nbytes, block_rows)), tiles)
     sizes.check()
     return Fitted(sample, steps, all_rows)
+
+
+def fit_beside(second: Compared, block_rows: int, host_memory: int, most_threads: int) -> int:
+    """In how many threads rows are compared while the pass goes on, at most `most_threads`; 0 where one is too many."""
+    heads = second.problem.batch * second.problem.out_heads
+    left = host_memory - BASE_BYTES - BLOCK_BYTES * heads * ceil_div(second.problem.out_rows, block_rows)
+    threads = min(MOST_THREADS, most_threads)
+    while threads and second.nbytes(block_rows, threads) > left:
+        threads //= 2
+    return threads
 
 
 class _Sizes:

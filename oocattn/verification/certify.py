@@ -6,14 +6,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Annotated
+from typing import Annotated, ParamSpec, TypeVar
 
 from oocattn.denormals import keep_denormals
 from oocattn.errors import BudgetError, IntegrityError, OocattnError
@@ -30,19 +30,23 @@ from oocattn.storage.results.checksums import ArrayBits, read_bits, result_diges
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.threads import begin_call
-from oocattn.verification.all_rows import AllRowsArrays, check_all_rows
+from oocattn.verification.all_rows import MOST_RECOMPUTED, AllRowsArrays, check_all_rows
 from oocattn.verification.attended import count_attended
 from oocattn.verification.blocks import Compared
-from oocattn.verification.budget import Fitted, Step, fit
+from oocattn.verification.budget import Fitted, Step, fit, fit_beside
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
 from oocattn.verification.recompute import check_row, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
+from oocattn.verification.scan import Comparison, WrittenRows
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MOST_COUNTED = 1 << 23  # rows of one head whose keys are counted one row after the other: about a second
 
@@ -76,18 +80,16 @@ def certify(
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`.
 
-    `all_rows` is what a second pass over its pairs left: then every row is compared with that. What was examined
-    `beforehand`, as the same arguments ask, is not examined again.
+    `all_rows` is what a second pass over its pairs left: then every row is compared with that. What was examined and
+    compared `beforehand`, as the same arguments ask, is not examined again.
     """
-    result, certificate = beforehand.found() if beforehand is not None else (None, None)
-    if result is None:
-        result = _Result.open(paths, arrays, inputs, storage_options)
+    before = beforehand.found() if beforehand is not None else _Found()
+    result = before.result or _Result.open(paths, arrays, inputs, storage_options)
     second = None if all_rows is None else result.beside(all_rows)
     fitted = result.fit(rows, second, host_memory, checksums)
-    if certificate is None:
-        certificate = result.examine(rows, seed, fitted)
+    certificate = before.certificate or result.examine(rows, seed, fitted)
     if all_rows is not None and second is not None and fitted.all_rows is not None:
-        found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff)
+        found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff, before.comparison)
         certificate = replace(certificate, all_rows=found)
     result.require_same()
     return _write_certificate(certificate, paths)
@@ -182,8 +184,17 @@ class _Result:
             raise IntegrityError(f"{self.paths.result} was replaced while it was verified: verify it again")
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What was found beforehand: a result as it was opened, its certificate without all rows, rows that were compared."""
+
+    result: _Result | None = None
+    certificate: Certificate | None = None
+    comparison: Comparison | None = None
+
+
 class Beforehand:
-    """Examines a result in another thread, once at most, while a second pass over it is computed.
+    """Examines a result in other threads while a second pass over it is computed, and compares rows as these are `written`.
 
     The arguments are those of `certify`.
     """
@@ -196,36 +207,63 @@ class Beforehand:
         rows: int,
         seed: int,
         inputs: InputsLike | None,
+        host_memory: int,
         checksums: bool,
         storage_options: StorageOptions | None,
     ) -> None:
+        self.written = WrittenRows()
         self._open = partial(_Result.open, paths, arrays, inputs, storage_options)
-        self._rows, self._seed, self._checksums = rows, seed, checksums
+        self._rows, self._seed, self._host_memory, self._checksums = rows, seed, host_memory, checksums
         self._stop, self._context = threading.Event(), copy_context()  # in which requests have a time limit
-        self._begun: Future[_Examined] | None = None
+        self._begun: tuple[Future[_Result], Future[Certificate | None], Future[Comparison | None]] | None = None
 
-    def begin(self, host_memory: int, most_threads: int) -> None:
-        """Begin, with so many bytes and threads; nothing is done where the bytes are too few."""
+    def begin(self, host_memory: int, most_threads: int, growing: Callable[[], AllRowsArrays]) -> None:
+        """Begin, once at most, with so many bytes and threads. `growing` opens what there will be of the pass.
+
+        What the bytes are too few for is not done.
+        """
         if self._begun is None:
-            self._begun = begin_call(self._context.run, self._examine, max(0, host_memory), most_threads)
+            half, opened = max(0, host_memory) // 2, self._call(self._open)
+            examined = self._call(self._examine, opened, half, most_threads)
+            self._begun = opened, examined, self._call(self._compare, opened, half, max(1, most_threads // 2), growing)
 
-    def found(self) -> _Examined:
-        """The result and what was found, when that is done; None where nothing was done. Raises as `certify`."""
-        return (None, None) if self._begun is None else self._begun.result()
+    def found(self) -> _Found:
+        """What was found, when the pass is done. Raises as `certify`."""
+        if self._begun is None:
+            return _Found()
+        self.written.end()
+        opened, examined, compared = self._begun
+        return _Found(opened.result(), examined.result(), compared.result())
 
     def close(self) -> None:
         """Stop: what is found is not needed."""
         self._stop.set()
+        self.written.end()
 
-    def _examine(self, host_memory: int, most_threads: int) -> _Examined:
+    def _call(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:
+        return begin_call(partial(self._context.copy().run, function, *arguments, **options))
+
+    def _examine(self, opened: Future[_Result], host_memory: int, most_threads: int) -> Certificate | None:
+        result = opened.result()
         with suppress(BudgetError), keep_denormals():
-            result = self._open()
             fitted = result.fit(self._rows, None, host_memory, self._checksums, most_threads)
-            return result, result.examine(self._rows, self._seed, fitted, self._stop)
-        return None, None
+            return result.examine(self._rows, self._seed, fitted, self._stop)
+        return None
 
-
-_Examined = tuple[_Result | None, Certificate | None]
+    def _compare(
+        self, opened: Future[_Result], host_memory: int, most_threads: int, growing: Callable[[], AllRowsArrays]
+    ) -> Comparison | None:
+        """Compare rows as they are written; those that cannot be read are left, for the pass may end or move at any time."""
+        result, comparison = opened.result(), None
+        with suppress(OocattnError, OSError), keep_denormals():
+            second = result.beside(growing())
+            sizes = result.fit(self._rows, second, self._host_memory, self._checksums).all_rows
+            assert sizes is not None
+            if threads := fit_beside(second, sizes.block_rows, host_memory, most_threads):
+                comparison = Comparison(second.problem, sizes.block_rows, MOST_RECOMPUTED)
+                blocks = self.written.blocks(sizes.block_rows, second.problem.out_rows)
+                comparison.compare_written(second, threads, blocks)
+        return comparison
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ import oocattn
 from oocattn import BudgetError, Certificate, IntegrityError, LockedError, ProblemError
 from oocattn.storage.paths import ALL_ROWS as NAME
 from oocattn.verification import certify as certifying
+from oocattn.verification.blocks import Block, BlockReader
+from oocattn.verification.differences import Differences
 from oocattn.verification.findings import AllRows
+from oocattn.verification.noise import KeyTerms
 from oocattn.verification.recompute import StoppedError
 
 TOKENS = 260
@@ -187,6 +191,35 @@ def test_rows_are_recomputed_while_a_pass_leaves_cores_idle(result: Path, monkey
     assert found.suspected == 0
     monkeypatch.setattr("oocattn.afterwards._leaves_cores", lambda plan: False)
     later, _ = verify(result)
+    assert replace(early, made="") == replace(later, made="")
+
+
+@pytest.mark.usefixtures("_idle_cores")
+@pytest.mark.parametrize("cut", [False, True])
+def test_rows_are_compared_while_a_pass_leaves_cores_idle(result: Path, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them but what is written last, also where a pass goes on that was cut off."""
+    if cut:
+        cut_off(result, host_memory=1 << 30)
+    monkeypatch.setattr("oocattn.verification.budget.BLOCK_ROWS", 40)
+    compared, real, before = list[Block](), BlockReader.compare, list[int]()
+
+    def compare(self: BlockReader, block: Block, keys: KeyTerms) -> Differences:
+        found = real(self, block, keys)
+        compared.append(block)
+        return found
+
+    def wait(event: oocattn.Event) -> None:
+        if event.kind == "committed":
+            before.append(len(compared))
+        elif event.kind == "written":
+            time.sleep(0.1)
+
+    monkeypatch.setattr(BlockReader, "compare", compare)
+    early, _ = verify(result, callbacks=[wait], host_memory=1 << 30)
+    assert len(set(compared)) == 4 * 7
+    assert before[0] > 14
+    monkeypatch.setattr("oocattn.afterwards._leaves_cores", lambda plan: False)
+    later, _ = verify(result, host_memory=1 << 30)
     assert replace(early, made="") == replace(later, made="")
 
 
