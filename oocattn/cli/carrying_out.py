@@ -12,10 +12,13 @@ from oocattn import clock
 from oocattn.cli.readers import duration, size
 from oocattn.kernels.registry import SecondPasses, kernel_names
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
-from oocattn.pipelines.watch.events import Callback, Event, Started
+from oocattn.pipelines.watch.events import Callback, Ended, Event, Started
+from oocattn.units import format_seconds
 
 if TYPE_CHECKING:
     from distributed import Client
+
+    from oocattn.pipelines.watch.report import RunReport
 
 
 def add_pass(parser: argparse._ActionsContainer, second_passes: SecondPasses) -> None:
@@ -129,3 +132,22 @@ class PlanPrinter:
             print(plan, end="\n\n", flush=True)
             if event.resumed:
                 print(f"resumed      {left:,} of {plan.subproblems:,} subproblems are left", end="\n\n", flush=True)
+
+
+class PassTimer:
+    """A listener that knows what a command with a second pass took, once that has ended."""
+
+    def __init__(self) -> None:
+        self._began, self._ended = clock.now(), 0.0
+        self._report: RunReport | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Ended):
+            self._ended, self._report = clock.now(), event.report
+
+    def __str__(self) -> str:
+        now = clock.now()
+        seconds = now - self._began
+        if self._report is None:
+            return f"{format_seconds(seconds)}; the pass was done before"
+        return f"{self._report.as_pass(seconds)} and what came after it {format_seconds(now - self._ended)}"

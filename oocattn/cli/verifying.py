@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 
 import oocattn
-from oocattn.cli.carrying_out import add_pass, add_watching, carrying_out
+from oocattn.cli.carrying_out import PassTimer, PlanPrinter, add_pass, add_watching, carrying_out
 from oocattn.cli.documents import show
 from oocattn.cli.exit_codes import DONE, FAILED, INCONCLUSIVE
 from oocattn.cli.inputs import given_storage_options, moved_inputs
 from oocattn.cli.readers import SEED, size
+from oocattn.shown import NAME_WIDTH
 from oocattn.text import printable
 
 
@@ -32,15 +33,18 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Verify a result, and print its certificate and where it is."""
+    """Verify a result, and print its certificate and where it is; of a second pass the plan, too, and what that took."""
     names = ("rows", "seed", "host_memory", "checksums", "all_rows", "kernel", "device_memory")
     chosen = {name: getattr(options, name) for name in names}
     chosen |= {"inputs": moved_inputs(options), "storage_options": given_storage_options(options)}
+    timer = PassTimer()
     if options.all_rows:
-        with carrying_out(options) as how:
+        with carrying_out(options, PlanPrinter(silent=options.json), timer) as how:
             certificate = oocattn.verify(options.result, **chosen, **how)
     else:
         certificate = oocattn.verify(options.result, **chosen)
+    if options.all_rows and not options.json:
+        print(f"{'time':<{NAME_WIDTH}} {timer}")
     if certificate.files and not options.json:
         print(f"certificate  {printable(', '.join(certificate.files))}")
     show(options, certificate)

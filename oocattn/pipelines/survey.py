@@ -105,11 +105,9 @@ class Survey(Shown):
         return rows if self.seconds is None else [*rows, ("time", self._time(self.seconds))]
 
     def _time(self, seconds: float) -> str:
-        if self.report is None:
-            return f"{format_seconds(seconds)}; the pass was done before"
-        of_pass, predicted = (format_seconds(each) for each in (self.report.seconds, self.report.predicted_seconds))
-        since = " since it was resumed" if self.report.pairs_before else ""
-        return f"{format_seconds(seconds)}, of which the pass took {of_pass}{since} (predicted {predicted})"
+        return (
+            f"{format_seconds(seconds)}; the pass was done before" if self.report is None else self.report.as_pass(seconds)
+        )
 
 
 def _panel_names(batch: int, heads: Sequence[int]) -> list[str]:

@@ -161,6 +161,12 @@ class RunReport(Shown):
     def _table(self) -> list[tuple[str, str]]:
         return named_lines(str(self))
 
+    def as_pass(self, seconds: float) -> str:
+        """What a command took, in words, whose second pass this is."""
+        since = " since it was resumed" if self.pairs_before else ""
+        of_pass, predicted = format_seconds(self.seconds), format_seconds(self.predicted_seconds)
+        return f"{format_seconds(seconds)}, of which the pass took {of_pass}{since} (predicted {predicted})"
+
     def __str__(self) -> str:
         since = " since it was resumed" if self.pairs_before else ""
         lines = [
