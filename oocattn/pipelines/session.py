@@ -128,7 +128,8 @@ class _Session:
         ):
             watching: list[Callback] = [AttemptLog(run), status_file, board, listeners]
             carry_out(run, self.engine, watching, self.interrupts, self.until)
-        keep_full_report(run.paths)
+        if run.plan.problem.second_pass is None:  # else it is removed as soon as it was used
+            keep_full_report(run.paths)
         return replace(result_at(run.paths), plan=run.plan)
 
     def _enlist(self, plan: Plan, dataset: Dataset) -> Mapping[str, str]:
