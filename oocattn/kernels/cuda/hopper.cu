@@ -46,12 +46,13 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
     const float scale = SCALED ? call.scale * call.unscaled[0] : call.scale;
     const Word query = matrix(shared.query + consumer * 64 * ROW_BYTES, 16);
     const Word first_key = matrix(shared.key[0], 16), first_value = matrix(shared.value[0], KEYS * ROW_BYTES);
+    const Turns turns(consumer);
     Ring keys, values;
     for (int phase = 0;; phase ^= 1) {
         wait(&shared.query_full, phase);
 #if LISTED
         const Item& item = shared.items[phase];  // there are no registers for it
-        if (item.steps == 0) return;
+        if (item.steps == 0) return turns.end();
         const int first_row = first_row_of(item);
         Intervals<int>& whole = shared.whole[threadIdx.x / 32 - 4];
         const Intervals<int> all = shared_by_warp(call.bounds[first_row], call.bounds[first_row + 8]);
@@ -59,7 +60,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         __syncwarp();
 #else
         const Item item = shared.items[phase];
-        if (item.steps == 0) return;
+        if (item.steps == 0) return turns.end();
         const int first_row = first_row_of(item);
         // Of the item's keys, those that all rows of the consumer attend.
         const int whole_start = key_start(call, item.tile * ROWS + consumer * 64 + 63) - item.first;
@@ -106,7 +107,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
 #endif
             }
 #if SHIFTED
-            softmax.keep_given_shift(scores, PLAIN ? scale : 1.0f);
+            softmax.keep_given_shift(scores, PLAIN ? scale : 1.0f, turns);
             return false;
 #else
             return softmax.find_shift(scores, PLAIN ? scale : 1.0f, rise, factor);
@@ -141,6 +142,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
         begin_step();
         wait_for_products<0>();
         hold(scores);
+        turns.wait();
         weigh(0, true);
         release_key(0);
         weights.narrow_from(scores);
@@ -152,6 +154,7 @@ __device__ void consume(Shared& shared, const Call& call, const State& state) {
             begin_sums();
             wait_for_products<1>();
             hold(scores);
+            turns.wait();
             const bool raised = weigh(step, false);
             release_key(step);
             end_sums();

@@ -10,7 +10,6 @@ from oocattn.kernels.intervals import Band
 from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div, round_up
 
-MOST_FOLDED_SPAN = 65_536  # keys of an item whose sums are folded
 PROCESSORS = 132  # multiprocessors to choose spans for, on any GPU, so that all give the same bits
 ITEMS = 4  # items of a block; then it ends, and small kernels of other streams get in
 PART_NUMBERS = 5  # of operands in parts: the largest numbers of three tensors, two factors
@@ -63,7 +62,7 @@ def _makespan(items: list[int]) -> int:
 
 def most_steps(tuning: Tuning) -> int:
     """Steps of an item."""
-    return (MOST_FOLDED_SPAN if tuning.folds else FOLDED_KEYS) // tuning.keys
+    return tuning.span // tuning.keys
 
 
 def most_listed(group_size: int, rows: int, keys: int, tuning: Tuning) -> int:

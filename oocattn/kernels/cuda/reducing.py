@@ -14,9 +14,10 @@ from oocattn.kernels.reductions.base import Reducing
 from oocattn.kernels.state import AttentionState
 from oocattn.units import round_up
 
-_PLACES = 32  # of a row's list besides those of the weights that are kept, at least; they are a multiple of it
+_PLACES, _SPARE = 32, 24  # places of a row's list are a multiple; those besides the weights that are kept, at least
 _SLOTS = 2  # steps whose sums over rows are on their way (totals.cuh)
 _WARPS = 4  # of a consumer, which have sums of their own
+_ROWS, _PADDING = 8, 8  # of what a warp adds up over its rows
 
 
 class Reductions(NamedTuple):
@@ -39,7 +40,7 @@ class Reductions(NamedTuple):
     @property
     def places(self) -> int:
         """Places of a row's list."""
-        return round_up(self.top + _PLACES, _PLACES)
+        return round_up(self.top + _SPARE, _PLACES)
 
     @property
     def macros(self) -> Mapping[str, int]:
@@ -49,7 +50,8 @@ class Reductions(NamedTuple):
     def shared_bytes(self, consumers: int, rows: int, keys: int) -> int:
         """Bytes of shared memory, for so many rows of a tile and keys of a step."""
         lists = rows * (8 * self.places + 4) if self.top else 0
-        return lists + (4 * _SLOTS * _WARPS * consumers * keys if self.received else 0)
+        of_keys = 4 * _WARPS * consumers * (_SLOTS * keys + _ROWS * (keys + _PADDING))
+        return lists + (of_keys if self.received else 0)
 
 
 class _Totals(ctypes.Structure):

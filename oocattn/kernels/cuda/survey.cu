@@ -150,7 +150,7 @@ __device__ void consume(Surveying& shared, const Call& call, const State& state,
         Top top(shared.lists, call, kept, head, first_row);
 #endif
 #if POOLED
-        Pools pools(call, reduced.totals, first_row);
+        Pools pools;
 #endif
         for (int step = 0; step < steps; ++step) {
             float scores[SCORES], sum[2];
@@ -193,12 +193,12 @@ __device__ void consume(Surveying& shared, const Call& call, const State& state,
             sums.weigh(scores, PLAIN ? scale : 1.0f, least, sum);
 #endif
 #if POOLED
-            pools.begin(reduced.totals, head, low);
+            pools.begin(call, reduced.totals, head, first_row, low);
             if (low == high) {
                 pools.sums[0] += sum[0];
                 pools.sums[1] += sum[1];
             } else {
-                pools.add_apart(scores, call, reduced.totals, head, first, high);
+                pools.add_apart(scores, call, reduced.totals, head, first_row, first, high);
             }
 #endif
 #if RECEIVED
@@ -206,12 +206,12 @@ __device__ void consume(Surveying& shared, const Call& call, const State& state,
 #endif
         }
 #if POOLED
-        pools.add(reduced.totals, head);
+        pools.add(call, reduced.totals, head, first_row);
 #endif
         wait_for_turn(call, item);
         add_rows(state, reduced, call, item, first_row, sums);
 #if TOP
-        add_lists(shared.lists, kept, item.tile, head);
+        top.add_to(kept, shared.lists, item.tile, head);
 #endif
         end_turn(call, item);
     }

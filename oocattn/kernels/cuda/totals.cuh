@@ -35,8 +35,12 @@ __device__ __forceinline__ void add_exactly(double* sum, long long low, float mo
 constexpr int SLOTS = 2;  // steps whose sums are on their way from the consumers to the warp that adds them up
 constexpr int WARPS = 4 * CONSUMERS;
 
+constexpr int OWN_KEYS = KEYS / 32;  // of a lane
+constexpr int PADDING = 8;           // so that the rows of half a warp lie in different banks
+
 struct KeySums {
-    float sums[SLOTS][WARPS][KEYS];  // over the 16 rows of each warp
+    alignas(16) float sums[SLOTS][WARPS][KEYS];      // over the 16 rows of each warp
+    alignas(16) float rows[WARPS][8][KEYS + PADDING];  // of each warp, over two rows
     Word full[SLOTS], free[SLOTS];
 
     __device__ void begin() {
@@ -44,31 +48,29 @@ struct KeySums {
     }
 };
 
-// Lanes that are so far apart exchange halves of what they have, and add up.
-template <int HALF, int COLUMNS>
-__device__ __forceinline__ void halve(float (&sums)[COLUMNS], int apart) {
-    const bool upper = threadIdx.x & apart;
-#pragma unroll
-    for (int i = 0; i < HALF; ++i) {
-        const float given = upper ? sums[i] : sums[i + HALF], kept = upper ? sums[i + HALF] : sums[i];
-        sums[i] = kept + __shfl_xor_sync(~0u, given, apart);
-    }
-}
+struct alignas(4 * OWN_KEYS) Keys {
+    float sums[OWN_KEYS];
+};
 
-// The sums of a warp's weights over its rows. Each of eight lanes that have the same keys is left with those of an eighth.
+// The sums of a warp's weights over its rows: each thread adds up two, the lanes exchange those, and each is left with some keys.
 __device__ __forceinline__ void hand_over(KeySums& handed, unsigned turn, const float (&weights)[SCORES]) {
-    constexpr int COLUMNS = SCORES / 2, OWN = COLUMNS / 8;
-    const int lane = threadIdx.x % 32, slot = turn % SLOTS;
-    float sums[COLUMNS];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 - 4, slot = turn % SLOTS;
+    float(&rows)[8][KEYS + PADDING] = handed.rows[warp];
 #pragma unroll
-    for (int i = 0; i < COLUMNS; ++i) sums[i] = weights[i / 2 * 4 + i % 2] + weights[i / 2 * 4 + 2 + i % 2];
-    halve<COLUMNS / 2>(sums, 16);
-    halve<COLUMNS / 4>(sums, 8);
-    halve<COLUMNS / 8>(sums, 4);
+    for (int i = 0; i < SCORES; i += 4) {
+        const float2 two = {weights[i] + weights[i + 2], weights[i + 1] + weights[i + 3]};
+        *reinterpret_cast<float2*>(&rows[lane / 4][2 * i + lane % 4 * 2]) = two;
+    }
+    __syncwarp();
+    Keys own = reinterpret_cast<const Keys*>(rows[0])[lane];
+#pragma unroll
+    for (int row = 1; row < 8; ++row) {
+        const Keys more = reinterpret_cast<const Keys*>(rows[row])[lane];
+#pragma unroll
+        for (int i = 0; i < OWN_KEYS; ++i) own.sums[i] += more.sums[i];
+    }
     wait(&handed.free[slot], turn / SLOTS % 2 ^ 1);
-    float* own = handed.sums[slot][threadIdx.x / 32 - 4] + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < OWN; i += 2) *reinterpret_cast<float2*>(own + (lane / 4 * OWN + i) * 4) = {sums[i], sums[i + 1]};
+    reinterpret_cast<Keys*>(handed.sums[slot][warp])[lane] = own;
     __syncwarp();
     if (lane == 0) arrive(&handed.full[slot]);
 }
@@ -112,23 +114,21 @@ __device__ void collect(Shared& shared, KeySums& handed, const Call& call, const
 // Weights of a thread's two rows and the keys of one pool, until they are added to what all have of it.
 struct Pools {
     float sums[2] = {0.0f, 0.0f};
-    int of_rows[2], of_keys = -1;
-
-    __device__ Pools(const Call& call, const Totals& totals, int first_row) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            of_rows[i] = (min(first_row + 8 * i, call.rows - 1) + totals.before) / totals.rows_of_pool;
-    }
+    int of_keys = -1;
 
     // Go on with the keys of a pool.
-    __device__ void begin(const Totals& totals, int head, int pool) {
+    __device__ void begin(const Call& call, const Totals& totals, int head, int first_row, int pool) {
         if (pool == of_keys) return;
-        if (of_keys >= 0) add(totals, head);
+        if (of_keys >= 0) add(call, totals, head, first_row);
         of_keys = pool;
     }
 
     // Add the sums to those of the pools, of which the warp's rows may have several.
-    __device__ void add(const Totals& totals, int head) {
+    __device__ void add(const Call& call, const Totals& totals, int head, int first_row) {
+        int of_rows[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            of_rows[i] = (min(first_row + 8 * i, call.rows - 1) + totals.before) / totals.rows_of_pool;
         const int lane = threadIdx.x % 32, last = __shfl_sync(~0u, of_rows[1], 31);
         for (int pool = __shfl_sync(~0u, of_rows[0], 0); pool <= last; ++pool) {
             float sum = (of_rows[0] == pool ? sums[0] : 0.0f) + (of_rows[1] == pool ? sums[1] : 0.0f);
@@ -142,7 +142,13 @@ struct Pools {
 
     // Add the weights of a step whose keys are of several pools: from that of the first, which is begun, to `last`.
     __device__ void add_apart(
-        const float (&weights)[SCORES], const Call& call, const Totals& totals, int head, int first_key, int last) {
+        const float (&weights)[SCORES],
+        const Call& call,
+        const Totals& totals,
+        int head,
+        int first_row,
+        int first_key,
+        int last) {
         const int lane = threadIdx.x % 32, column = lane % 4 * 2;
         int of_key[KEYS / 32];
 #pragma unroll
@@ -151,7 +157,7 @@ struct Pools {
             stop = 0;
 #pragma unroll
             for (int i = 0; i < KEYS / 32; ++i) stop += __popc(__ballot_sync(~0u, of_key[i] <= pool));
-            begin(totals, head, pool);
+            begin(call, totals, head, first_row, pool);
 #pragma unroll
             for (int i = 0; i < SCORES; ++i) {
                 const int key = i / 4 * 8 + column + i % 2;

@@ -14,6 +14,7 @@ PANEL = 64  # columns that are loaded at a time
 ROWS_OF_CONSUMER = 64  # of a tile, for each group of warps that multiplies
 MOST_COLUMNS = {1: 256, 2: 128}  # D and Dv, by the parts of a number or of a weight
 FOLDED_KEYS = 16_384  # in the sums of the matrix units: their error is a third of the weights' (NOTES.md)
+_LONG_SPAN = 65_536  # keys of an item where sums are folded, or nothing is multiplied with values
 RESTARTED_KEYS = 256  # after which the sums of weights in two parts are added up in float32
 _STEPS = (128, 80, 64)  # keys of a step
 _REDUCED_CUTS = ((3, 128), (2, 128), (2, 64), (1, 128), (1, 64))  # consumers, and keys of a step, where weights are reduced
@@ -49,13 +50,14 @@ def numbers_for(dtype: str, *, precise: bool = False, shifted: bool = False, red
 
 @dataclass(frozen=True)
 class Tuning:
-    """The cut of one program."""
+    """The cut of one program; an item has `span` keys at most."""
 
     consumers: int
     keys: int
     stages: int
     numbers: Numbers
     folds: bool
+    span: int
     shared_bytes: int
 
     @property
@@ -93,7 +95,8 @@ def tuning_for(head_dim: int, value_dim: int, numbers: Numbers, *, long: bool, p
         sums = widths[1] // 2 * weight_parts  # with those that are added up
         registers = sums + keys // 2 + weight_parts * keys // 4
         if shared <= _SHARED_BYTES and registers <= _REGISTERS and (weight_parts == 1 or RESTARTED_KEYS % keys == 0):
-            return Tuning(consumers, keys, stages, numbers, folds, shared)
+            span = _LONG_SPAN if folds else FOLDED_KEYS
+            return Tuning(consumers, keys, stages, numbers, folds, span, shared)
     raise ValueError(f"D = {head_dim}, Dv = {value_dim}: expected {MOST_COLUMNS[weight_parts]} at most")
 
 
@@ -106,5 +109,5 @@ def reducing_tuning(head_dim: int, numbers: Numbers, reductions: Reductions, *, 
         loaded = 2 * numbers.parts * width * (rows + stages * keys)
         shared = loaded + reductions.shared_bytes(consumers, rows, keys) + _OTHER_BYTES
         if shared <= _SHARED_BYTES:
-            return Tuning(consumers, keys, stages, numbers, False, shared)
+            return Tuning(consumers, keys, stages, numbers, False, _LONG_SPAN, shared)
     raise ValueError(f"D = {head_dim}: expected {MOST_COLUMNS[numbers.parts]} at most")
