@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,37 +11,32 @@ from oocattn import arguments
 from oocattn.api import RUN_OPTIONS, end_of, listeners_of
 from oocattn.arguments import MOST_SEED, Duration, Size, checked
 from oocattn.denormals import keep_denormals
-from oocattn.errors import IntegrityError
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import DASHBOARD, refuse_without_pass
 from oocattn.pipelines.existing import result_at
-from oocattn.pipelines.finished import parts_of
 from oocattn.pipelines.questions import Questions
-from oocattn.pipelines.run import find_unfinished
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey import Survey, survey_result
-from oocattn.pipelines.watch.events import Callback, Event, Started, Written
+from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
-from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import weights_dtype
-from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
 from oocattn.storage.paths import ALL_ROWS, LOCKS, SURVEY, ResultLike, ResultPaths
 from oocattn.storage.remote.limits import limited
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
-from oocattn.storage.results.summary import PlanRecord
-from oocattn.threads import count_cores
+
+SAMPLED, SAMPLED_BESIDE_ALL = 64, 8
+"""Rows that are recomputed by themselves, and where all are compared: a float64 row of a million keys takes seconds."""
 
 if TYPE_CHECKING:  # importing distributed takes a second: only passes do
     from distributed import Client
 
     from oocattn.verification.all_rows import AllRowsArrays
     from oocattn.verification.certificate import Certificate
-    from oocattn.verification.certify import Beforehand
 
 
 @checked(
@@ -59,7 +53,7 @@ if TYPE_CHECKING:  # importing distributed takes a second: only passes do
 def verify(
     result: ResultLike,
     *,
-    rows: int = 64,
+    rows: int | None = None,
     seed: int = 0,
     inputs: InputsLike | None = None,
     host_memory: Size | None = None,
@@ -78,8 +72,9 @@ def verify(
 ) -> Certificate:
     """Recompute sampled rows of a finished result in float64, compare its checksums, and write a certificate beside it.
 
-    Of at most `rows` rows up to a quarter are chosen by their place, the others drawn uniformly, by `seed`. `host_memory`
-    bounds what is held, in bytes (default: half of the free memory); `checksums=False` reads the sampled rows alone.
+    Of at most `rows` rows (default: 64, or 8 with `all_rows`) up to a quarter are chosen by their place, the others drawn
+    uniformly, by `seed`. `host_memory` bounds what is held, in bytes (default: half of the free memory); `checksums=False`
+    reads the sampled rows alone.
     `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, which goes on
     where it was cut off; the options from `kernel` ("weights", of the CPU, or "hopper-weights") to `progress` are its
     own, as of `attention`. The certificate is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where
@@ -96,6 +91,8 @@ def verify(
         refuse_without_pass({**budgets, **how, "callbacks": [*callbacks], "progress": progress})
     named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
     carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until
+    if rows is None:
+        rows = SAMPLED_BESIDE_ALL if all_rows else SAMPLED
     chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options, "inputs": named}
     proof = Asked(SecondPass(seed), ALL_ROWS, other=True, **budgets) if all_rows else None
     with limited(until):
@@ -113,64 +110,15 @@ def _certify(
     paths: ResultPaths, chosen: Any, host_memory: int | None, proof: Asked | None, carrying_out: _CarryingOut
 ) -> Certificate:
     """Verify a result with what was chosen of `verify`, after a proof of every row where one is asked for."""
-    from oocattn.verification.certify import Beforehand, certify  # `plan` does not need it
+    from oocattn.verification.certify import certify  # `plan` does not need it
 
     found = result_at(paths)
     arrays = ResultArrays(found.out, found.lse)
-    budget = default_host_memory() if host_memory is None else host_memory
-    if proof is None:
-        with keep_denormals():
-            return certify(paths, arrays, host_memory=budget, **chosen)
     place = paths, arrays, chosen["inputs"], chosen["storage_options"]
-    workplace, callbacks, until = carrying_out
-    with closing(Beforehand(paths, arrays, host_memory=budget, **chosen)) as beforehand:
-        meanwhile = _Meanwhile(beforehand, ResultPaths.at(paths.state / ALL_ROWS), budget)
-        every = _every_row(place, proof, host_memory, (workplace, [*callbacks, meanwhile], until))
-        with every as compared, keep_denormals():
-            return certify(paths, arrays, host_memory=budget, all_rows=compared, beforehand=beforehand, **chosen)
-
-
-class _Meanwhile:
-    """A listener that has a result verified, as far as that can be, while a second pass to `paths` leaves cores idle."""
-
-    def __init__(self, beforehand: Beforehand, paths: ResultPaths, budget: int) -> None:
-        self._beforehand, self._paths, self._budget = beforehand, paths, budget
-        self._plan: Plan | None = None
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Started) and _leaves_cores(event.plan):
-            self._plan, beside = event.plan, self._budget - event.plan.peak_host
-            self._beforehand.begin(beside, max(1, count_cores() // 2), partial(self._growing, event.plan))
-            for place in event.done.chunks:
-                self._tell_written(event.plan, *place)
-        elif isinstance(event, Written) and self._plan is not None:
-            self._tell_written(self._plan, event.head_group, event.index)
-
-    def _tell_written(self, plan: Plan, head_group: int, chunk: int) -> None:
-        for batch, head, part in parts_of(plan, head_group, chunk):
-            start = part * plan.out_chunk_rows
-            rows = range(start, min(start + plan.out_chunk_rows, plan.problem.out_rows))
-            self._beforehand.written.tell(batch, head, rows)
-
-    def _growing(self, plan: Plan) -> AllRowsArrays:
-        """What there will be of the pass. Raises IntegrityError where it is done."""
-        from oocattn.verification.all_rows import AllRowsArrays
-
-        begun, asked = find_unfinished(self._paths, recost=False), plan.problem.second_pass
-        if begun is None or asked is None or asked.seed is None:
-            raise IntegrityError(f"{self._paths.result}: no second pass is under way")
-        place = begun.growing.path
-        return AllRowsArrays(ResultArrays.open(place), str(place), asked.seed, _rounds(plan.problem, plan))
-
-
-def _leaves_cores(plan: Plan) -> bool:
-    """Whether a pass leaves most cores idle: it is computed by GPUs."""
-    return plan.device == "cuda"
-
-
-def _rounds(problem: Problem, plan: Plan | PlanRecord) -> bool:
-    """Whether the kernel of a pass rounds weights."""
-    return weights_dtype(problem.dtype, plan.rounds_weights) != "float32"
+    every = nullcontext() if proof is None else _every_row(place, proof, host_memory, carrying_out)
+    budget = default_host_memory() if host_memory is None else host_memory
+    with every as compared, keep_denormals():
+        return certify(paths, arrays, host_memory=budget, all_rows=compared, **chosen)
 
 
 @contextmanager
@@ -187,8 +135,8 @@ def _every_row(
     seed = proof.second_pass.seed
     assert seed is not None
     with second_pass(first, proof, host_memory, *carrying_out) as second:
-        words = second.computed_by, second.is_other(first)
-        yield AllRowsArrays(second.arrays, second.location, seed, _rounds(first.problem, second.plan), *words)
+        rounds = weights_dtype(first.problem.dtype, second.plan.rounds_weights) != "float32"
+        yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first), rounds)
 
 
 @checked(

@@ -18,7 +18,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("result", metavar="RESULT", help="path or URL of a finished result")
-    add("--rows", type=size, default=64, metavar="R", help="number of rows to recompute (default: %(default)s)")
+    add("--rows", type=size, metavar="R", help="number of rows to recompute (default: 64, or 8 with --all-rows)")
     add("--seed", type=SEED, default=0, help="seed of the random rows (default: %(default)s)")
     add("--host-memory", type=size, metavar="SIZE", help="hard limit on host memory (default: half of the free memory)")
     add("--no-checksums", dest="checksums", action="store_false", help="check rows only; do not compare checksums")

@@ -90,7 +90,7 @@ def finished_chunks(plan: Plan, journal: Journal) -> dict[ChunkId, FinishedChunk
 
 def is_written(plan: Plan, result: ResultArrays, head_group: int, chunk: int) -> bool:
     """Whether the files of a chunk are in the result, as long as they must be."""
-    return all(result.has(*part) for part in parts_of(plan, head_group, chunk))
+    return all(result.has(*part) for part in _parts(plan, head_group, chunk))
 
 
 def compare_finished(
@@ -116,7 +116,7 @@ def compare_finished(
         if wrong:
             damaged += 1
             logger.warning("chunk %d of head group %d %s: computed again", place[1], place[0], wrong)
-            for part in parts_of(plan, *place):
+            for part in _parts(plan, *place):
                 result.remove(*part)
     if compared < len(finished):
         logger.warning(
@@ -128,7 +128,7 @@ def compare_finished(
 
 
 def _matches(plan: Plan, result: ResultArrays, place: ChunkId, record: FinishedChunk) -> bool:
-    for number, part in enumerate(parts_of(plan, *place)):
+    for number, part in enumerate(_parts(plan, *place)):
         found = result.checksums(*part)
         if any(found[name] != record.digits(name, number) for name in NAMES):
             return False
@@ -143,7 +143,7 @@ def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> d
     for name in NAMES:
         found = [""] * (problem.batch * problem.out_heads * parts)
         for (head_group, chunk), record in finished.items():
-            for number, (batch, head, part) in enumerate(parts_of(plan, head_group, chunk)):
+            for number, (batch, head, part) in enumerate(_parts(plan, head_group, chunk)):
                 found[(batch * problem.out_heads + head) * parts + part] = record.digits(name, number)
         checksums = Checksums(plan.out_chunk_rows, "".join(found))
         if len(checksums) != len(found):
@@ -155,7 +155,7 @@ def gather_checksums(plan: Plan, finished: Mapping[ChunkId, FinishedChunk]) -> d
     return gathered
 
 
-def parts_of(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+def _parts(plan: Plan, head_group: int, chunk: int) -> Iterator[tuple[int, int, int]]:
     """The (batch, head, part) of a chunk, in the order in which they are written."""
     group, rows = plan.problem.head_group(head_group), plan.out_rows(chunk)
     for start in range(rows.start, rows.stop, plan.out_chunk_rows):

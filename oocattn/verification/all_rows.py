@@ -21,7 +21,7 @@ from oocattn.verification.blocks import Compared
 from oocattn.verification.findings import AllRows, RowCheck
 from oocattn.verification.recompute import Tiles, check_row, recompute_places
 from oocattn.verification.sampling import SampledRow
-from oocattn.verification.scan import Comparison
+from oocattn.verification.scan import find_differences
 
 MOST_RECOMPUTED = 1024
 """Suspected rows that are recomputed: the worst."""
@@ -32,18 +32,18 @@ MOST_KEPT = 100
 
 @dataclass(frozen=True)
 class AllRowsArrays:
-    """What a second pass left: its `out` [B, H, N, W] and lse [B, H, N], where, and the `seed` of its sign vectors.
+    """What a second pass left: its `out` [B, H, N, W] and lse [B, H, N], where, the `seed` of its sign vectors, and words.
 
-    `rounds` says whether its kernel rounds weights and projected values to float16. Of a pass that is done, `computed_by`
-    says which kernel and division computed it; `other` is True if these are other than the result's.
+    `computed_by` says which kernel and division computed it; `other` is True if these are other than the result's, `rounds`
+    if that kernel rounds weights and projected values to float16.
     """
 
     arrays: ResultArrays
     location: str
     seed: int
+    computed_by: str
+    other: bool
     rounds: bool
-    computed_by: str = ""
-    other: bool = False
 
     def beside(self, problem: Problem, dataset: Dataset, result: Mapping[str, RowReader], rounds_weights: bool) -> Compared:
         """A result beside it. Raises IntegrityError where it is no pass over such a result."""
@@ -71,17 +71,14 @@ class Sizes:
     recomputed: Tiles
 
 
-def check_all_rows(
-    given: Compared, about: AllRowsArrays, sizes: Sizes, weight_roundoff: float, begun: Comparison | None = None
-) -> AllRows:
+def check_all_rows(given: Compared, about: AllRowsArrays, sizes: Sizes, weight_roundoff: float) -> AllRows:
     """Compare every row of a result with a second pass, and recompute the worst of those that differ.
 
-    A comparison that was `begun` while the pass went on is continued. What a recomputed row may lose counts softmax weights
-    as rounded to `weight_roundoff`. Raises IntegrityError where the pass cannot be read.
+    What a recomputed row may lose counts softmax weights as rounded to `weight_roundoff`. Raises IntegrityError where the
+    pass cannot be read.
     """
     problem = given.problem
-    comparison = begun or Comparison(problem, sizes.block_rows, MOST_RECOMPUTED)
-    differences = comparison.compare_rest(given, sizes.threads)
+    differences = find_differences(given, sizes.block_rows, sizes.threads, MOST_RECOMPUTED)
     places = [_place_of(problem, row) for row in differences.worst_rows.tolist()]
     wrong: list[RowCheck] = []
     wrong_rows = 0

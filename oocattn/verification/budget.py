@@ -28,7 +28,6 @@ LEAST_STEP_BYTES = 64 << 10  # the same, at least: below it, calls take longer t
 BASE_BYTES = 4 << 20  # for what does not grow with tiles and steps: Zarr's and Python's own
 ROW_BYTES = 8 << 10  # for a row in the sample, in the certificate and on its page
 PLACE_BYTES = 1 << 10  # for a suspected row, while it waits to be recomputed
-BLOCK_BYTES = 1 << 10  # for a block of rows that is compared while the pass goes on, with what tells that it is written
 PART_BYTES = 128  # for the checksum of a part, as it is read and parsed
 
 
@@ -57,17 +56,12 @@ def fit(
     rows: int,
     second: Compared | None,
     host_memory: int,
-    most_threads: int | None = None,
 ) -> Fitted:
-    """What to hold at a time within the budget, with all cores or `most_threads`.
-
-    Raises BudgetError where the least does not fit.
-    """
+    """What to hold at a time within the budget. Raises BudgetError where the least does not fit."""
     rows = min(rows, problem.rows)
     always = BASE_BYTES + ROW_BYTES * rows + sum(PART_BYTES * len(recorded) for recorded in checksums.values())
     always += ROW_BYTES * MOST_KEPT + PLACE_BYTES * MOST_RECOMPUTED if second is not None else 0
-    cores = min(MOST_THREADS, most_threads or count_cores())
-    sizes, one_row = _Sizes(always, host_memory, cores), max(reader.nbytes(1) for reader in readers.values())
+    sizes, one_row = _Sizes(always, host_memory), max(reader.nbytes(1) for reader in readers.values())
 
     def recomputing(key_rows: int, rows: int, threads: int) -> int:
         return one_row + threads * recompute_bytes(problem, dataset, rows, key_rows)
@@ -85,22 +79,11 @@ def fit(
     return Fitted(sample, steps, all_rows)
 
 
-def fit_beside(second: Compared, block_rows: int, host_memory: int, most_threads: int) -> int:
-    """In how many threads rows are compared while the pass goes on, at most `most_threads`; 0 where one is too many."""
-    heads = second.problem.batch * second.problem.out_heads
-    left = host_memory - BASE_BYTES - BLOCK_BYTES * heads * ceil_div(second.problem.out_rows, block_rows)
-    threads = min(MOST_THREADS, most_threads)
-    while threads and second.nbytes(block_rows, threads) > left:
-        threads //= 2
-    return threads
-
-
 class _Sizes:
-    """Sizes that fit into a budget beside what is `always` held, and threads for so many cores."""
+    """Sizes that fit into a budget beside what is `always` held."""
 
-    def __init__(self, always: int, host_memory: int, cores: int) -> None:
-        self._always, self._host_memory, self._cores = always, host_memory, cores
-        self._least = 0
+    def __init__(self, always: int, host_memory: int) -> None:
+        self._always, self._host_memory, self._least = always, host_memory, 0
 
     def fit(self, most: int, fewest: int, nbytes: Callable[[int], int]) -> int:
         """The largest size of `most`, its half, and so on, that fits, or the `fewest`."""
@@ -112,7 +95,7 @@ class _Sizes:
 
     def fit_threads(self, nbytes: Callable[[int], int]) -> int:
         """The most threads that fit, or one."""
-        return self.fit(self._cores, 1, nbytes)
+        return self.fit(min(count_cores(), MOST_THREADS), 1, nbytes)
 
     def check(self) -> None:
         """Raise BudgetError where something did not fit."""

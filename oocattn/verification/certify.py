@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
-from contextvars import copy_context
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from operator import attrgetter
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated
 
-from oocattn.denormals import keep_denormals
-from oocattn.errors import BudgetError, IntegrityError, OocattnError
+from oocattn.errors import IntegrityError, OocattnError
 from oocattn.problem.arrays import ArrayName, weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
@@ -29,24 +23,19 @@ from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import ArrayBits, read_bits, result_digest
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
-from oocattn.threads import begin_call
-from oocattn.verification.all_rows import MOST_RECOMPUTED, AllRowsArrays, check_all_rows
+from oocattn.verification.all_rows import AllRowsArrays, check_all_rows
 from oocattn.verification.attended import count_attended
 from oocattn.verification.blocks import Compared
-from oocattn.verification.budget import Fitted, Step, fit, fit_beside
+from oocattn.verification.budget import Fitted, Step, fit
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
 from oocattn.verification.recompute import check_row, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
-from oocattn.verification.scan import Comparison, WrittenRows
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 MOST_COUNTED = 1 << 23  # rows of one head whose keys are counted one row after the other: about a second
 
@@ -76,20 +65,17 @@ def certify(
     checksums: bool,
     storage_options: StorageOptions | None = None,
     all_rows: AllRowsArrays | None = None,
-    beforehand: Beforehand | None = None,
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`.
 
-    `all_rows` is what a second pass over its pairs left: then every row is compared with that. What was examined and
-    compared `beforehand`, as the same arguments ask, is not examined again.
+    `all_rows` is what a second pass over its pairs left: then every row is compared with that.
     """
-    before = beforehand.found() if beforehand is not None else _Found()
-    result = before.result or _Result.open(paths, arrays, inputs, storage_options)
+    result = _Result.open(paths, arrays, inputs, storage_options)
     second = None if all_rows is None else result.beside(all_rows)
     fitted = result.fit(rows, second, host_memory, checksums)
-    certificate = before.certificate or result.examine(rows, seed, fitted)
+    certificate = result.examine(rows, seed, fitted)
     if all_rows is not None and second is not None and fitted.all_rows is not None:
-        found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff, before.comparison)
+        found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff)
         certificate = replace(certificate, all_rows=found)
     result.require_same()
     return _write_certificate(certificate, paths)
@@ -126,15 +112,13 @@ class _Result:
         """It and a second pass. Raises IntegrityError where that is none over such a result."""
         return all_rows.beside(self.recorded.problem, self.dataset, self.readers, self.recorded.plan.rounds_weights)
 
-    def fit(
-        self, rows: int, second: Compared | None, host_memory: int, checksums: bool, most_threads: int | None = None
-    ) -> Fitted:
+    def fit(self, rows: int, second: Compared | None, host_memory: int, checksums: bool) -> Fitted:
         """What to hold at a time, to examine it and to compare it with a second pass. Raises BudgetError."""
         compared = {name: bits.checksums for name, bits in self.bits.items() if checksums and bits.checksums is not None}
-        return fit(self.recorded.problem, self.dataset, self.readers, compared, rows, second, host_memory, most_threads)
+        return fit(self.recorded.problem, self.dataset, self.readers, compared, rows, second, host_memory)
 
-    def examine(self, rows: int, seed: int, fitted: Fitted, stop: threading.Event | None = None) -> Certificate:
-        """What a sample of rows, checksums and the report beside it show. Raises StoppedError when it is to stop."""
+    def examine(self, rows: int, seed: int, fitted: Fitted) -> Certificate:
+        """What a sample of rows, checksums and the report beside it show."""
         recorded, problem = self.recorded, self.recorded.problem
         exact = recompute_rows(
             problem,
@@ -145,7 +129,6 @@ class _Result:
             key_rows=fitted.sample.keys,
             threads=fitted.sample.threads,
             weight_roundoff=self.weight_roundoff,
-            stop=stop,
         )
         checks = [check_row(problem, row, self.readers) for row in exact]
         return Certificate(
@@ -182,88 +165,6 @@ class _Result:
         """Raise IntegrityError where another result is there now."""
         if (ResultAttributes.read(self.paths), self.paths.identity()) != (self.recorded, self.identity):
             raise IntegrityError(f"{self.paths.result} was replaced while it was verified: verify it again")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What was found beforehand: a result as it was opened, its certificate without all rows, rows that were compared."""
-
-    result: _Result | None = None
-    certificate: Certificate | None = None
-    comparison: Comparison | None = None
-
-
-class Beforehand:
-    """Examines a result in other threads while a second pass over it is computed, and compares rows as these are `written`.
-
-    The arguments are those of `certify`.
-    """
-
-    def __init__(
-        self,
-        paths: ResultPaths,
-        arrays: ResultArrays,
-        *,
-        rows: int,
-        seed: int,
-        inputs: InputsLike | None,
-        host_memory: int,
-        checksums: bool,
-        storage_options: StorageOptions | None,
-    ) -> None:
-        self.written = WrittenRows()
-        self._open = partial(_Result.open, paths, arrays, inputs, storage_options)
-        self._rows, self._seed, self._host_memory, self._checksums = rows, seed, host_memory, checksums
-        self._stop, self._context = threading.Event(), copy_context()  # in which requests have a time limit
-        self._begun: tuple[Future[_Result], Future[Certificate | None], Future[Comparison | None]] | None = None
-
-    def begin(self, host_memory: int, most_threads: int, growing: Callable[[], AllRowsArrays]) -> None:
-        """Begin, once at most, with so many bytes and threads. `growing` opens what there will be of the pass.
-
-        What the bytes are too few for is not done.
-        """
-        if self._begun is None:
-            half, opened = max(0, host_memory) // 2, self._call(self._open)
-            examined = self._call(self._examine, opened, half, most_threads)
-            self._begun = opened, examined, self._call(self._compare, opened, half, max(1, most_threads // 2), growing)
-
-    def found(self) -> _Found:
-        """What was found, when the pass is done. Raises as `certify`."""
-        if self._begun is None:
-            return _Found()
-        self.written.end()
-        opened, examined, compared = self._begun
-        return _Found(opened.result(), examined.result(), compared.result())
-
-    def close(self) -> None:
-        """Stop: what is found is not needed."""
-        self._stop.set()
-        self.written.end()
-
-    def _call(self, function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:
-        return begin_call(partial(self._context.copy().run, function, *arguments, **options))
-
-    def _examine(self, opened: Future[_Result], host_memory: int, most_threads: int) -> Certificate | None:
-        result = opened.result()
-        with suppress(BudgetError), keep_denormals():
-            fitted = result.fit(self._rows, None, host_memory, self._checksums, most_threads)
-            return result.examine(self._rows, self._seed, fitted, self._stop)
-        return None
-
-    def _compare(
-        self, opened: Future[_Result], host_memory: int, most_threads: int, growing: Callable[[], AllRowsArrays]
-    ) -> Comparison | None:
-        """Compare rows as they are written; those that cannot be read are left, for the pass may end or move at any time."""
-        result, comparison = opened.result(), None
-        with suppress(OocattnError, OSError), keep_denormals():
-            second = result.beside(growing())
-            sizes = result.fit(self._rows, second, self._host_memory, self._checksums).all_rows
-            assert sizes is not None
-            if threads := fit_beside(second, sizes.block_rows, host_memory, most_threads):
-                comparison = Comparison(second.problem, sizes.block_rows, MOST_RECOMPUTED)
-                blocks = self.written.blocks(sizes.block_rows, second.problem.out_rows)
-                comparison.compare_written(second, threads, blocks)
-        return comparison
 
 
 def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:

@@ -5,19 +5,17 @@ Nothing of a run is reused here: no kernel, no merge, no division; the formula o
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan
 from operator import attrgetter
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from oocattn.errors import IntegrityError, OocattnError
+from oocattn.errors import IntegrityError
 from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
@@ -25,7 +23,7 @@ from oocattn.storage.results.rows import RowReader
 from oocattn.threads import ThreadPool, map_in_order
 from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
 from oocattn.verification.findings import RowCheck
-from oocattn.verification.repeats import Repeats, slots_for
+from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF
 from oocattn.verification.sampling import SampledRow, sample_rows
 from oocattn.verification.softmax import Array64, Rows, Softmax
@@ -124,7 +122,7 @@ def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int
     biases = 12 * min(problem.bias_heads, members)  # as read, and in float64
     tile = (
         dims * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8 + biases
-    )  # float64, as read, masks; read ahead, values with NaN or Inf; order and positions
+    )  # float64, as read, masks; hashes; order and positions
     terms = 0 if problem.is_plain else 2 * 8  # terms, and their rounding
     weights = members * (5 * 8 + 2 * 8 + 5 + terms)  # scores, weights and what errors they have; temporaries; masks
     state = members * 8 * (8 * problem.head_dim + 16 * problem.value_dim + 40)  # query, sums, what is added; exact rows
@@ -143,42 +141,26 @@ def recompute_rows(
     key_rows: int = KEY_ROWS,
     threads: int = 1,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
-    stop: threading.Event | None = None,
 ) -> Iterator[ExactRow]:
     """Recompute the rows of `sample_rows`, as `recompute_places`."""
     places = sample_rows(problem, borders, rows, seed)
-    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads), weight_roundoff, stop)
-
-
-class StoppedError(OocattnError):
-    """Rows are not recomputed any more."""
+    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads), weight_roundoff)
 
 
 def recompute_places(
-    problem: Problem,
-    dataset: Dataset,
-    places: Iterable[SampledRow],
-    tiles: Tiles,
-    weight_roundoff: float,
-    stop: threading.Event | None = None,
+    problem: Problem, dataset: Dataset, places: Iterable[SampledRow], tiles: Tiles, weight_roundoff: float
 ) -> Iterator[ExactRow]:
     """Recompute rows in float64; those that share keys together, others in other threads.
 
-    Where threads are left, each reads keys ahead for another. What is allowed counts softmax weights as rounded to
-    `weight_roundoff`. Raises StoppedError soon after `stop` is set.
+    What is allowed counts softmax weights as rounded to `weight_roundoff`.
     """
-    stop = stop or threading.Event()
-
-    parts = list(_together(problem, places, tiles.rows))
-    ahead = 2 * len(parts) <= tiles.threads
 
     def recompute(batch: int, kv_head: int, members: list[SampledRow], ranges: Int64s) -> list[ExactRow]:
-        attended = AttendedKeys(ranges)
-        read = _Reader(problem, dataset, batch, kv_head, min(tiles.keys, problem.keys), attended, ahead)
-        return list(_recompute(problem, read, members, attended, weight_roundoff, stop))
+        read = _Reader(problem, dataset, batch, kv_head, min(tiles.keys, problem.keys))
+        return list(_recompute(problem, read, members, AttendedKeys(ranges), weight_roundoff))
 
     with ThreadPool(tiles.threads, "oocattn-recompute") as pool:
-        for found in map_in_order(pool, recompute, parts, tiles.threads):
+        for found in map_in_order(pool, recompute, _together(problem, places, tiles.rows), tiles.threads):
             yield from found
 
 
@@ -217,35 +199,16 @@ def _norm(numbers: Array64) -> float:
     return float(np.sqrt(np.sum(numbers * numbers)))
 
 
-class _Tile(NamedTuple):
-    """Keys and values [n, D or Dv] from `first` on, in float64, and which one of equal keys each is [n]."""
-
-    first: int
-    key: Array64
-    value: Array64
-    occurrences: Array64
-
-
 class _Reader:
-    """Reads rows of one head group, in float64, into buffers that are used again: by a thread of its own if `ahead`."""
+    """Reads rows of one head group, in float64, into buffers that are used again."""
 
-    def __init__(
-        self,
-        problem: Problem,
-        dataset: Dataset,
-        batch: int,
-        kv_head: int,
-        key_rows: int,
-        attended: AttendedKeys,
-        ahead: bool,
-    ) -> None:
-        self._problem, self._arrays, self._attended, self._ahead = problem, dataset.arrays, attended, ahead
+    def __init__(self, problem: Problem, dataset: Dataset, batch: int, kv_head: int, key_rows: int) -> None:
+        self._problem, self._arrays = problem, dataset.arrays
         self.batch, self._kv_head, self.key_rows = batch, kv_head, key_rows
         dtype, dims = numpy_dtype(problem.dtype), {"k": problem.head_dim, "v": problem.value_dim}
         self._raw = {name: np.empty((key_rows, dim), dtype) for name, dim in dims.items()}
-        self._tiles = [{name: np.empty((key_rows, dim)) for name, dim in dims.items()} for _ in range(1 + ahead)]
+        self._tiles = {name: np.empty((key_rows, dim)) for name, dim in dims.items()}
         self._bias = np.empty(key_rows if problem.bias_heads else 0, np.float32)
-        self._repeats = Repeats(attended.keys, problem.head_dim)
 
     def query(self, places: Sequence[SampledRow]) -> Array64:
         """The queries of rows of `out`: [rows, D]."""
@@ -255,21 +218,9 @@ class _Reader:
             found[index] = raw[0]
         return found
 
-    def tiles(self) -> Iterator[_Tile]:
-        """Keys and values that are attended, tile by tile, each until the next is asked for."""
-        calls = zip(self._attended.tiles(self.key_rows), itertools.cycle(self._tiles), strict=False)
-        if not self._ahead:
-            yield from itertools.starmap(self._tile, calls)
-            return
-        with ThreadPool(1, "oocattn-recompute-read") as pool:
-            yield from map_in_order(pool, self._tile, calls, 1)
-
-    def _tile(self, keys: tuple[int, int], into: dict[str, Array64]) -> _Tile:
-        key = self._keys("k", *keys, into)
-        return _Tile(keys[0], key, self._keys("v", *keys, into), self._repeats.count(key))
-
-    def _keys(self, name: Literal["k", "v"], start: int, stop: int, into: dict[str, Array64]) -> Array64:
-        raw, tile = self._raw[name][: stop - start], into[name][: stop - start]
+    def keys(self, name: Literal["k", "v"], start: int, stop: int) -> Array64:
+        """Keys or values [n, D or Dv], until they are read again."""
+        raw, tile = self._raw[name][: stop - start], self._tiles[name][: stop - start]
         self._arrays[name].read_rows(self.batch, self._kv_head, start, stop, raw)
         np.copyto(tile, raw)
         return tile
@@ -287,12 +238,7 @@ class _Reader:
 
 
 def _recompute(
-    problem: Problem,
-    read: _Reader,
-    places: Sequence[SampledRow],
-    attended: AttendedKeys,
-    weight_roundoff: float,
-    stop: threading.Event,
+    problem: Problem, read: _Reader, places: Sequence[SampledRow], attended: AttendedKeys, weight_roundoff: float
 ) -> Iterator[ExactRow]:
     """Each of these rows of one head group in float64."""
     heads = [query_head(problem, place) for place in places]
@@ -302,12 +248,9 @@ def _recompute(
     of_heads = (None if array is None else array[heads].astype(np.float64) for array in (of_entry, sinks))
     softmax = Softmax(problem, Rows(read.query(places), positions, *of_heads), attended, read.key_rows, weight_roundoff)
     with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
-        for tile in read.tiles():
-            if stop.is_set():
-                raise StoppedError("rows are not recomputed any more")
-            bias = read.bias(heads, tile.first, tile.first + len(tile.key))
-            softmax.weigh(tile.key, tile.occurrences, tile.first, bias)
-            softmax.add(tile.value, tile.first)
+        for start, stop in attended.tiles(read.key_rows):
+            softmax.weigh(read.keys("k", start, stop), start, read.bias(heads, start, stop))
+            softmax.add(read.keys("v", start, stop), start)
         found = softmax.sums()
     columns = (found.lse, found.size, found.allowed, found.allowed_lse)
     for place, out, *of_row in zip(places, found.out, *columns, strict=True):

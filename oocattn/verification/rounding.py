@@ -42,6 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.verification.products import multiply, weigh
+from oocattn.verification.repeats import Repeats
 
 Array64 = npt.NDArray[np.float64]
 
@@ -114,7 +115,9 @@ class RoundingErrors:
     weights were rounded to.
     """
 
-    def __init__(self, query: Array64, scale: float, value_dim: int, key_rows: int, weight_roundoff: float = UNIT) -> None:
+    def __init__(
+        self, query: Array64, scale: float, value_dim: int, keys: int, key_rows: int, weight_roundoff: float = UNIT
+    ) -> None:
         rows, head_dim = query.shape
         self._head_dim, self._value_dim, self._scale, self._weight_roundoff = head_dim, value_dim, scale, weight_roundoff
         self._sizes_of_query, self._squares_of_query = np.abs(query), query * query
@@ -125,6 +128,7 @@ class RoundingErrors:
         self._drift, self._peak, self._repeated = np.zeros(rows), np.zeros(rows), np.zeros(rows)
         self._largest_sum, self._largest_error = np.zeros(rows), np.zeros(rows)
         self._reach, self._lost = np.full(rows, -np.inf), np.full(rows, -np.inf)
+        self._repeats = Repeats(keys, head_dim)
         self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
         self._overflow: npt.NDArray[np.bool_] | None = None
 
@@ -133,15 +137,12 @@ class RoundingErrors:
         self._slope += sinks
         self._random.total += VARIANCE * 2 * UNIT**2
 
-    def see_products(
-        self, key: Array64, occurrences: Array64, scores: Array64, hidden: npt.NDArray[np.bool_] | None
-    ) -> None:
+    def see_products(self, key: Array64, scores: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
         """Take the keys [n, D], which are overwritten, and their products with the queries, scaled: `scores` [rows, n].
 
-        `occurrences` [n] says which one of equal keys each is. Rows attend all of the keys but those that are `hidden`
-        [rows, n].
+        Rows attend all of the keys but those that are `hidden` [rows, n].
         """
-        self._coherence = 2 * occurrences - 1  # of c equal keys, these sum up to c^2
+        self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch = [
             buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
         ]

@@ -52,7 +52,9 @@ class Softmax:
         self._problem, self._rows, self._attended = problem, rows, attended
         self._num, self._special = (np.zeros((members, problem.value_dim)) for _ in range(2))
         self._buffers = [np.empty(members * key_rows) for _ in range(2)]
-        self._rounding = RoundingErrors(rows.query, problem.scale, problem.value_dim, key_rows, weight_roundoff)
+        self._rounding = RoundingErrors(
+            rows.query, problem.scale, problem.value_dim, attended.keys, key_rows, weight_roundoff
+        )
         self._maximum, self._den = np.full(members, -np.inf), np.zeros(members)
         if rows.sinks is not None:
             self._maximum, self._den = rows.sinks.copy(), np.ones(members)
@@ -61,16 +63,13 @@ class Softmax:
         self._seen = 0  # of the keys that any row attends
         self._counted = 0  # the key up to which a partial sum has been taken
 
-    def weigh(self, key: Array64, occurrences: Array64, start: int, bias: Array64 | None) -> None:
-        """Attend the keys [n, D] from `start` on, with a bias [rows or 1, n]: the scores become weights.
-
-        `occurrences` [n] says which one of equal keys each is.
-        """
+    def weigh(self, key: Array64, start: int, bias: Array64 | None) -> None:
+        """Attend the keys [n, D] from `start` on, with a bias [rows or 1, n]: the scores become weights."""
         scores, weights = self._views(len(key))
         multiply(self._rows.query, key, out=scores)
         scores *= self._problem.scale
         hidden = self._attended.hidden(start, start + len(key))
-        self._rounding.see_products(key, occurrences, scores, hidden)
+        self._rounding.see_products(key, scores, hidden)
         self._add_terms(scores, start, bias)
         if hidden is not None:
             np.copyto(scores, -np.inf, where=hidden)

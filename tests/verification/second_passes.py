@@ -63,7 +63,7 @@ class Attended:
     def judge(self, **options: int) -> AllRows:
         """What `check_all_rows` finds with a right second pass; `out` is rounded to the dtype of the inputs."""
         compared = self.beside(*second_pass(self.arrays, self.lse, SEED, key_bias=self.bias, **self.asked))
-        about = AllRowsArrays(None, "", SEED, False, "numpy", True)  # type: ignore[arg-type]  # its arrays are read already
+        about = AllRowsArrays(None, "", SEED, "numpy", True, False)  # type: ignore[arg-type]  # its arrays are read already
         roundoff = UNIT_ROUNDOFF[compared.problem.dtype if self.rounds_weights else "float32"]
         sizes = {**SIZES, **options}
         tiles = Tiles(sizes["key_rows"], sizes["group_rows"], sizes["threads"])
@@ -123,4 +123,4 @@ def stored_pass(folder: Path, out: NDArray[Any], lse: NDArray[np.float32], compr
     for name, data in {"out": out, "lse": lse}.items():
         options: dict[str, Any] = {"chunks": (1, 1, 50, *data.shape[3:]), "compressors": compressors}
         group.create_array(name, shape=data.shape, dtype=data.dtype, **options)[...] = data
-    return AllRowsArrays(ResultArrays.open(folder), str(folder), SEED, False, "kernel numpy, strips", True)
+    return AllRowsArrays(ResultArrays.open(folder), str(folder), SEED, "kernel numpy, strips", True, False)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,7 @@ from zarr.storage import MemoryStore
 import oocattn
 from oocattn import BudgetError, Certificate, IntegrityError, LockedError, ProblemError
 from oocattn.storage.paths import ALL_ROWS as NAME
-from oocattn.verification import certify as certifying
-from oocattn.verification.blocks import Block, BlockReader
-from oocattn.verification.differences import Differences
 from oocattn.verification.findings import AllRows
-from oocattn.verification.noise import KeyTerms
-from oocattn.verification.recompute import StoppedError
 
 TOKENS = 260
 
@@ -167,123 +160,6 @@ def test_rows_of_which_nothing_is_known_are_counted(fast_path: Path) -> None:
 def test_the_kernel_of_the_pass_may_be_named(result: Path) -> None:
     certificate, found = verify(result, kernel="weights")
     assert (certificate.outcome, found.computed_by.partition(",")[0]) == ("passed", "weights")
-
-
-@pytest.fixture
-def _idle_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where a GPU computes the pass."""
-    monkeypatch.setattr("oocattn.afterwards._leaves_cores", lambda plan: True)
-
-
-@pytest.mark.usefixtures("_idle_cores")
-def test_rows_are_recomputed_while_a_pass_leaves_cores_idle(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recomputed, real, waited = threading.Event(), certifying.recompute_rows, []
-
-    def recompute(*arguments: Any, **options: Any) -> Any:
-        yield from real(*arguments, **options)
-        recomputed.set()
-
-    monkeypatch.setattr(certifying, "recompute_rows", recompute)
-    early, found = verify(
-        result, callbacks=[lambda event: waited.append(recomputed.wait(20)) if event.kind == "merged" else None]
-    )
-    assert all(waited)
-    assert found.suspected == 0
-    monkeypatch.setattr("oocattn.afterwards._leaves_cores", lambda plan: False)
-    later, _ = verify(result)
-    assert replace(early, made="") == replace(later, made="")
-
-
-@pytest.mark.usefixtures("_idle_cores")
-@pytest.mark.parametrize("cut", [False, True])
-def test_rows_are_compared_while_a_pass_leaves_cores_idle(result: Path, cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them but what is written last, also where a pass goes on that was cut off."""
-    if cut:
-        cut_off(result, host_memory=1 << 30)
-    monkeypatch.setattr("oocattn.verification.budget.BLOCK_ROWS", 40)
-    compared, real, before = list[Block](), BlockReader.compare, list[int]()
-
-    def compare(self: BlockReader, block: Block, keys: KeyTerms) -> Differences:
-        found = real(self, block, keys)
-        compared.append(block)
-        return found
-
-    def wait(event: oocattn.Event) -> None:
-        if event.kind == "committed":
-            before.append(len(compared))
-        elif event.kind == "written":
-            time.sleep(0.1)
-
-    monkeypatch.setattr(BlockReader, "compare", compare)
-    early, _ = verify(result, callbacks=[wait], host_memory=1 << 30)
-    assert len(set(compared)) == 4 * 7
-    assert before[0] > 14
-    monkeypatch.setattr("oocattn.afterwards._leaves_cores", lambda plan: False)
-    later, _ = verify(result, host_memory=1 << 30)
-    assert replace(early, made="") == replace(later, made="")
-
-
-@pytest.mark.usefixtures("_idle_cores")
-def test_rows_are_not_recomputed_any_more_where_the_pass_fails(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, ended, real = threading.Event(), threading.Event(), certifying.recompute_rows
-    ends: list[Any] = []
-
-    def recompute(*arguments: Any, stop: threading.Event, **options: Any) -> Any:
-        begun.set()
-        ends.append(stop.wait(20))
-        try:
-            yield from real(*arguments, stop=stop, **options)
-        except BaseException as error:
-            ends.append(error)
-            ended.set()
-            raise
-
-    def fail(event: oocattn.Event) -> None:
-        if event.kind == "attended":
-            begun.wait(20)
-            raise EnoughError
-
-    monkeypatch.setattr(certifying, "recompute_rows", recompute)
-    with pytest.raises(EnoughError):
-        verify(result, callbacks=[fail])
-    ended.wait(20)
-    assert ends[0]
-    assert isinstance(ends[1], StoppedError)
-
-
-@pytest.mark.usefixtures("_idle_cores")
-def test_nothing_is_recomputed_beside_a_pass_that_leaves_too_little_memory(
-    result: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[str] = []
-    peaks: list[int] = []
-
-    def look(event: oocattn.Event) -> None:
-        seen.append(event.kind)
-        if event.kind == "started":
-            peaks.append(event.plan.peak_host)  # type: ignore[attr-defined]
-
-    real = certifying.recompute_rows
-    monkeypatch.setattr(
-        certifying, "recompute_rows", lambda *given, **options: seen.append("recompute") or real(*given, **options)
-    )
-    verify(result, callbacks=[look])
-    assert "recompute" in seen
-    seen.clear()
-    monkeypatch.setattr("oocattn.verification.budget.BASE_BYTES", peaks[0])
-    certificate, _ = verify(result, callbacks=[look], host_memory=2 * peaks[0])
-    assert certificate.passed
-    assert seen.index("ended") < seen.index("recompute")
-
-
-@pytest.mark.usefixtures("_idle_cores")
-def test_what_fails_beside_a_pass_is_raised_after_it(result: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: Any, **options: Any) -> None:
-        raise IntegrityError("a chunk is missing")
-
-    monkeypatch.setattr(certifying, "recompute_rows", fail)
-    with pytest.raises(IntegrityError, match="a chunk is missing"):
-        verify(result)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from second_passes import SEED, Attended, StoredInMemory, attend32, attend64, second_pass
+from second_passes import Attended, StoredInMemory, attend32, attend64
 from support import Arrays, normal_arrays, numpy_type
 
 from oocattn import IntegrityError
-from oocattn.verification.blocks import Block
 from oocattn.verification.findings import AllRows
 from oocattn.verification.noise import SUSPICIOUS
-from oocattn.verification.scan import Comparison, WrittenRows
+from oocattn.verification.scan import find_differences
 
 DTYPES = ["float16", "bfloat16", "float32"]
 ERRORS = {"float16": 0.01, "bfloat16": 0.03, "float32": 1e-4}
@@ -227,48 +225,6 @@ def test_findings_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest
     assert expected.suspected == 43
 
 
-@pytest.mark.parametrize("fails_at", [None, 1])
-def test_findings_are_the_same_where_blocks_were_compared_before_in_any_order(
-    fails_at: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where one cannot be read at first, as where the pass moves while it is read: then it is compared in the end."""
-    bias = np.random.default_rng(0).standard_normal((1, 2, 300), np.float32)
-    spoilt = attend64(unit_arrays("float16"), bias, causal=True).spoilt(0, 30, out=2.0).spoilt(1, 250, out=2.0)
-    given = spoilt.beside(*second_pass(spoilt.arrays, spoilt.lse, SEED, key_bias=bias, causal=True))
-    expected = Comparison(given.problem, 40, 100).compare_rest(given, 2)
-    blocks = [block for head in (1, 0) for block in reversed(list(Block.all_of(0, head, 300, 40)))][:9]
-    comparison, read, compared = Comparison(given.problem, 40, 100), StoredInMemory.read, list[tuple[int, int]]()
-
-    def fail_once(self: StoredInMemory, batch: int, head: int, start: int, out: Any) -> None:
-        if out.shape[1:] == (8,):
-            compared.append((head, start))
-            if len(compared) - 1 == fails_at:
-                raise IntegrityError("moved")
-        read(self, batch, head, start, out)
-
-    monkeypatch.setattr(StoredInMemory, "read", fail_once)
-    with pytest.raises(IntegrityError) if fails_at is not None else nullcontext():
-        comparison.compare_written(given, 1, blocks)
-    before = len(compared)
-    assert before == 9 if fails_at is None else 2 <= before < 9  # some more had begun
-    found = comparison.compare_rest(given, 1)
-    assert len(compared) - before == (16 - 9 if fails_at is None else 16 - 1)
-    for name in ("suspected", "open", "worst"):
-        assert getattr(found, name) == getattr(expected, name)
-    assert found.worst_rows.tolist() == expected.worst_rows.tolist() == [550, 30]
-    assert [found.noise.at(share) for share in (0.5, 0.99)] == [expected.noise.at(share) for share in (0.5, 0.99)]
-
-
-def test_blocks_are_compared_once_when_all_of_their_rows_are_written() -> None:
-    written = WrittenRows()
-    for rows in (range(0, 60), range(0, 60), range(60, 90), range(90, 130), range(90, 130), range(130, 150)):
-        written.tell(0, 1, rows)
-    written.tell(0, 0, range(0, 40))
-    written.end()
-    written.tell(0, 0, range(40, 150))
-    assert list(written.blocks(50, 150)) == [Block(0, 1, 0, 50), Block(0, 1, 50, 100), Block(0, 1, 100, 150)]
-
-
 def test_memory_of_several_threads_is_counted() -> None:
     """With all that may be asked of scores and masks, and where every row is suspected."""
     tokens = 20_000
@@ -282,7 +238,7 @@ def test_memory_of_several_threads_is_counted() -> None:
     for rows, threads in ((64, 1), (64, 4), (1000, 3), (tokens, 1), (tokens, 2)):
         tracemalloc.start()
         try:
-            found = Comparison(compared.problem, rows, 100).compare_rest(compared, threads)
+            found = find_differences(compared, rows, threads, 100)
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
