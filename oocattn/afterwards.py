@@ -74,11 +74,10 @@ def verify(
 
     Of at most `rows` rows (default: 64, or 8 with `all_rows`) up to a quarter are chosen by their place, the others drawn
     uniformly, by `seed`. `host_memory` bounds what is held, in bytes (default: half of the free memory); `checksums=False`
-    reads the sampled rows alone.
-    `inputs` names them if they were moved. `all_rows` checks every row by a second pass over all pairs, which goes on
-    where it was cut off; the options from `kernel` ("weights", of the CPU, or "hopper-weights") to `progress` are its
-    own, as of `attention`. The certificate is kept in the folder RESULT.oocattn, or of a Zarr store in `scratch`; where
-    it cannot be, a warning says so.
+    reads the sampled rows alone. `inputs` names them if they were moved. `all_rows` checks every row by a second pass over
+    all pairs, which goes on where it was cut off; the options from `kernel` ("weights", of the CPU, or "hopper-weights") to
+    `progress` are its own, as of `attention`. The certificate is kept in the folder RESULT.oocattn, or of a Zarr store in
+    `scratch`; where it cannot be, a warning says so.
 
     Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
     and BudgetError, with the smallest budget that works.
@@ -91,8 +90,7 @@ def verify(
         refuse_without_pass({**budgets, **how, "callbacks": [*callbacks], "progress": progress})
     named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
     carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until
-    if rows is None:
-        rows = SAMPLED_BESIDE_ALL if all_rows else SAMPLED
+    rows = rows or (SAMPLED_BESIDE_ALL if all_rows else SAMPLED)
     chosen: Any = {"rows": rows, "seed": seed, "checksums": checksums, "storage_options": storage_options, "inputs": named}
     proof = Asked(SecondPass(seed), ALL_ROWS, other=True, **budgets) if all_rows else None
     with limited(until):
