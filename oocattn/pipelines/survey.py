@@ -27,6 +27,7 @@ from oocattn.pipelines.survey_arrays import MEAN_HEAD, Making, PassArrays, wante
 from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.watch.report import RunReport
 from oocattn.pipelines.workplace import Workplace
+from oocattn.planning.host import default_host_memory
 from oocattn.planning.plan import Plan
 from oocattn.problem.second_pass import SecondPass
 from oocattn.shown import NAME_WIDTH, Shown
@@ -166,7 +167,8 @@ def _add(
         folders.remove_ours(made, folders.GROUP)
         arrays = PassArrays(Path(found.location), first.arrays.lse, first.problem, reduced)
         separator: Separator = "." if first.paths.stored is None else "/"
-        Making(arrays, wanted, made, separator, partial(_check_time, until)).make()
+        room = default_host_memory() if host_memory is None else host_memory
+        Making(arrays, wanted, made, separator, room, partial(_check_time, until)).make()
         with hold_lock(first.paths, until) as claim:
             first.require_same()
             add_arrays(first.paths, made, wanted, claim)

@@ -75,6 +75,32 @@ def test_keys_and_rows_are_in_the_pools_in_which_a_cpu_has_them(seed: int) -> No
         np.testing.assert_allclose(found, right, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_sums_of_a_block_are_added_to_the_places_of_its_rows_and_keys(seed: int) -> None:
+    chance = random.Random(seed)
+    tokens, runs = random_block(chance)
+    keys = np.concatenate([np.empty(0, np.int64), *map(np.asarray, runs)])
+    row_block, key_block = chance.choice([1, 7, 300]), chance.choice([1, 10, 999])
+    for each in reductions_of(asked(row_block, key_block))[1]:
+        begun = each.begin(2, tokens, keys)
+        assert each.shapes(2, tokens, runs) == [array.shape for array in begun.arrays]
+        shape = each.shape(QUERIES, KEYS)
+        (sums,) = (np.random.default_rng(seed).random(array.shape) for array in begun.arrays)
+        expected = np.ones((2, *shape))
+        of_keys = keys if each.pools is None else np.unique(keys // key_block)
+        places = (of_keys,) if each.pools is None else np.ix_(np.unique((np.array(tokens) - 100) // row_block), of_keys)
+        expected[:, *places] += sums[..., : len(of_keys)]
+        first, found = sorted(chance.sample(range(shape[0] + 1), 2)), np.ones((2, *shape))
+        for span in (range(first[0]), range(*first), range(first[1], shape[0])):
+            part = found[:, span.start : span.stop]
+            before = part.copy()
+            if each.meets(span, tokens, runs):
+                each.place(part, span, [sums], tokens, runs)
+            else:
+                assert np.array_equal(before, expected[:, span.start : span.stop]), "a part that no block meets"
+        assert np.array_equal(found, expected)
+
+
 @pytest.mark.parametrize("names", [(0, 1, 2, 3), (0,), (1,), (2,), (3,), (1, 2)], ids=str)
 def test_they_take_what_is_planned(names: tuple[int, ...]) -> None:
     for seed in range(40):

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from numpy.typing import NDArray
-from passes import planned
+from passes import bits, planned
 from support import normal_arrays, write_dataset
 
 import oocattn
-from oocattn.pipelines import driver, summing, survey_arrays
+from oocattn.pipelines import driver, summing, survey, survey_arrays
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.pipelines.run import Run
 from oocattn.storage.results.rows import RowReader
+from oocattn.threads import ThreadPool
 
 
 def test_rows_are_read_in_parts_of_bounded_size_and_give_the_same(fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,20 +28,21 @@ def test_rows_are_read_in_parts_of_bounded_size_and_give_the_same(fast_path: Pat
             read.append(out.nbytes)
             super().read(batch, head, start, out)
 
-    def bits() -> dict[str, bytes]:
+    def found() -> dict[str, bytes]:
         with planned(3):
-            found = oocattn.survey(result.path, arrays=["entropy", "top_keys"], top=100, engine="inline", overwrite=True)
-        return {name: np.asarray(array[...]).tobytes() for name, array in found.arrays.items()}
+            return bits(
+                oocattn.survey(result.path, arrays=["entropy", "top_keys"], top=100, engine="inline", overwrite=True)
+            )
 
-    expected = bits()
+    expected = found()
     monkeypatch.setattr(survey_arrays, "RowReader", Reader)
     monkeypatch.setattr(survey_arrays, "CHUNK_BYTES", 2000)
-    assert bits() == expected
+    assert found() == expected
     assert max(read) <= 2000
 
 
 @pytest.mark.parametrize("name", ["received", "pooled"])
-def test_a_part_of_the_sums_takes_the_blocks_alone_that_meet_it(
+def test_blocks_are_read_once_and_where_parts_are_held_one_by_one_those_alone_that_meet_them(
     name: str, fast_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=1, kv_heads=1, head_dim=16))
@@ -52,18 +53,47 @@ def test_a_part_of_the_sums_takes_the_blocks_alone_that_meet_it(
         read.append(partial)
         real(files, partial, buffers)
 
-    def bits() -> bytes:
+    def found() -> bytes:
         read.clear()
         with planned(7):
-            found = oocattn.survey(result.path, arrays=[name], pool=170, engine="inline", overwrite=True)
-        return np.asarray(found.arrays[name][...]).tobytes()
+            return bits(oocattn.survey(result.path, arrays=[name], pool=170, engine="inline", overwrite=True))[name]
 
     monkeypatch.setattr(PartialFiles, "read_sums", spy)
-    whole, files = bits(), len(set(read))
+    whole, files = found(), len(set(read))
     parts = 10
-    monkeypatch.setattr(summing, "MOST_HELD", 17 * (1 if name == "received" else 170))
-    assert bits() == whole
-    assert len(read) <= files * parts * 2 // 3
+    monkeypatch.setattr(summing, "MOST_IN_CHUNKS", 17 * (1 if name == "received" else 170))
+    assert found() == whole
+    assert len(read) == files, "parts that are held together"
+    monkeypatch.setattr(summing, "_room", lambda plan: 0)
+    assert found() == whole
+    assert files * 2 <= len(read) <= files * parts * 2 // 3
+
+
+@pytest.mark.parametrize(("cores", "room", "threads"), [(1, 1 << 30, 1), (5, 1 << 30, 5), (5, 0, 1)])
+def test_as_many_threads_as_cores_and_memory_allow_make_arrays_of_the_same_bits(
+    cores: int, room: int, threads: int, fast_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(170, heads=6, kv_heads=3, head_dim=16))
+    result, counts = oocattn.attention(dataset, fast_path / "result.zarr", engine="inline"), list[int]()
+
+    def found() -> dict[str, bytes]:
+        with planned(3):
+            return bits(oocattn.survey(result.path, pool=17, engine="inline", overwrite=True))
+
+    class Pool(ThreadPool):
+        def __init__(self, count: int, name: str) -> None:
+            counts.append(count)
+            super().__init__(count, name)
+
+    expected = found()
+    monkeypatch.setattr(summing, "_room", lambda plan: room)
+    monkeypatch.setattr(survey, "default_host_memory", lambda: room)
+    for module in (summing, survey_arrays):
+        monkeypatch.setattr(module, "ThreadPool", Pool)
+        monkeypatch.setattr(module, "count_cores", lambda: cores)
+        monkeypatch.setattr(module, "THREAD_BYTES", 1)
+    assert found() == expected
+    assert counts == [threads, threads]
 
 
 @pytest.mark.parametrize("arrays", [["received"], ["pooled"], ["received", "entropy", "pooled"]], ids=",".join)

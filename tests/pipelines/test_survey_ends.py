@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from oocattn import Survey, TimeLimitError, clock
 from oocattn.cli.main import main
 from oocattn.pipelines import summing, survey_arrays
 from oocattn.pipelines.lane.partials.files import PartialFiles
+from oocattn.pipelines.signals import Interrupts
 from oocattn.storage.results.rows import RowReader
 
 TOKENS = 150
@@ -38,7 +40,8 @@ def right(first: Path, shared_path: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def result(first: Path, fast_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(summing, "MOST_HELD", 40)  # of each head several parts
+    monkeypatch.setattr(summing, "MOST_IN_CHUNKS", 40)  # of each head several parts
+    monkeypatch.setattr(summing, "_room", lambda plan: 0)  # one at a time
     return copied(first, fast_path / "result.zarr")
 
 
@@ -48,7 +51,13 @@ def survey(result: Path, **options: Any) -> Survey:
 
 
 def send(number: int) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda _: os.kill(os.getpid(), number)
+    def happens(_: pytest.MonkeyPatch) -> None:
+        before = Interrupts.held
+        os.kill(os.getpid(), number)
+        while Interrupts.held == before:  # the main thread takes it
+            time.sleep(0.001)
+
+    return happens
 
 
 def pass_an_hour(patch: pytest.MonkeyPatch) -> None:

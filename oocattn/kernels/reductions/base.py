@@ -183,12 +183,16 @@ class KeyReduction(ABC):
         """The shape of the sums of all blocks, for one head of so many rows and keys."""
 
     @abstractmethod
-    def meets(self, span: range, tokens: range, keys: Int64s) -> bool:
-        """Whether a block of these rows and keys may have any of the part `span` of the shape."""
+    def shapes(self, group_size: int, tokens: range, keys: Sequence[range]) -> Sequence[tuple[int, ...]]:
+        """The shapes of `BlockSums.arrays` of a block, whose keys are ascending runs."""
 
     @abstractmethod
-    def place(self, into: Float64s, span: range, sums: Sequence[Float64s], tokens: range, keys: Int64s) -> None:
-        """Add a block's `sums`, of these rows and keys, to those of all blocks: [g, ...] of the part `span` of the shape."""
+    def meets(self, span: range, tokens: range, keys: Sequence[range]) -> bool:
+        """Whether a block of these rows and runs of keys may have any of the part `span` of the shape."""
+
+    @abstractmethod
+    def place(self, into: Float64s, span: range, sums: Sequence[Float64s], tokens: range, keys: Sequence[range]) -> None:
+        """Add a block's `sums`, of these rows and runs of keys, to those of all blocks: [g, ...] of `span` of the shape."""
 
 
 Reduction = RowReduction | KeyReduction

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oocattn.kernels.reductions.base import BlockSums, Float64s, Int64s, KeyReduction, KeySums, Places, PoolSize, WeightTile
+from oocattn.problem.bounds import join_ranges
 from oocattn.problem.calls import CallSize
 from oocattn.units import ceil_div
 
@@ -43,18 +44,35 @@ class Pooled(KeyReduction):
     def shape(self, rows: int, keys: int) -> tuple[int, ...]:
         return ceil_div(rows, self._rows), self._most
 
-    def meets(self, span: range, tokens: range, keys: Int64s) -> bool:
-        first, last = ((token - self._first) // self._rows for token in (tokens.start, tokens.stop - 1))
-        return first < span.stop and span.start <= last
+    def shapes(self, group_size: int, tokens: range, keys: Sequence[range]) -> Sequence[tuple[int, ...]]:
+        of_keys = sum(map(len, self._pools_of_keys(keys)))
+        return [(group_size, len(self._pools_of_rows(tokens)), max(1, of_keys))]
 
-    def place(self, into: Float64s, span: range, sums: Sequence[Float64s], tokens: range, keys: Int64s) -> None:
-        of_rows, of_keys = np.unique(self._of_rows(tokens)), np.unique(keys // self._keys)
-        first, stop = np.searchsorted(of_rows, (span.start, span.stop))
-        into[:, of_rows[first:stop, np.newaxis] - span.start, of_keys] += sums[0][:, first:stop]
+    def meets(self, span: range, tokens: range, keys: Sequence[range]) -> bool:
+        of_rows = self._pools_of_rows(tokens)
+        return of_rows.start < span.stop and span.start < of_rows.stop
+
+    def place(self, into: Float64s, span: range, sums: Sequence[Float64s], tokens: range, keys: Sequence[range]) -> None:
+        of_rows, before = self._pools_of_rows(tokens), 0
+        first, stop = max(of_rows.start, span.start), min(of_rows.stop, span.stop)
+        found = sums[0][:, first - of_rows.start : stop - of_rows.start]
+        for pools in self._pools_of_keys(keys):
+            of_keys = slice(before, before + len(pools))
+            into[:, first - span.start : stop - span.start, pools.start : pools.stop] += found[:, :, of_keys]
+            before += len(pools)
 
     def _of_rows(self, tokens: range) -> Int64s:
         """The number of the pool that each of some rows is in."""
         return (np.arange(tokens.start, tokens.stop) - self._first) // self._rows
+
+    def _pools_of_rows(self, tokens: range) -> range:
+        """The pools that have any of some rows."""
+        first, last = ((token - self._first) // self._rows for token in (tokens.start, tokens.stop - 1))
+        return range(first, last + 1)
+
+    def _pools_of_keys(self, keys: Sequence[range]) -> list[range]:
+        """The pools that have any key of some runs."""
+        return join_ranges(range(run.start // self._keys, (run.stop - 1) // self._keys + 1) for run in keys if run)
 
 
 class _Pooled:

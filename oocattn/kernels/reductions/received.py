@@ -24,13 +24,20 @@ class Received(KeyReduction):
     def shape(self, rows: int, keys: int) -> tuple[int, ...]:
         return (keys,)
 
-    def meets(self, span: range, tokens: range, keys: Int64s) -> bool:
-        first, stop = np.searchsorted(keys, (span.start, span.stop))
-        return bool(first < stop)
+    def shapes(self, group_size: int, tokens: range, keys: Sequence[range]) -> Sequence[tuple[int, ...]]:
+        return [(group_size, sum(map(len, keys)))]
 
-    def place(self, into: Float64s, span: range, sums: Sequence[Float64s], tokens: range, keys: Int64s) -> None:
-        first, stop = np.searchsorted(keys, (span.start, span.stop))  # no key is there twice
-        into[:, keys[first:stop] - span.start] += sums[0][:, first:stop]
+    def meets(self, span: range, tokens: range, keys: Sequence[range]) -> bool:
+        return any(run.start < span.stop and span.start < run.stop for run in keys)
+
+    def place(self, into: Float64s, span: range, sums: Sequence[Float64s], tokens: range, keys: Sequence[range]) -> None:
+        before = 0  # keys of the runs before
+        for run in keys:
+            first, stop = max(run.start, span.start), min(run.stop, span.stop)
+            if first < stop:
+                place = before + first - run.start
+                into[:, first - span.start : stop - span.start] += sums[0][:, place : place + stop - first]
+            before += len(run)
 
 
 class _Received:

@@ -35,9 +35,12 @@ class TopKeys(RowReduction):
         return {"top_keys": ((self._count,), "int64"), "top_weights": ((self._count,), "float32")}
 
     def values(self, columns: NDArray[np.float32], unknown: NDArray[np.bool_]) -> Mapping[str, NDArray[Any]]:
-        weights, keys = (np.ascontiguousarray(columns[..., part]) for part in self._parts)
+        of_weights, of_keys = self._parts
+        weights = np.ascontiguousarray(columns[..., of_weights])
         weights[unknown] = np.nan
-        return {"top_keys": keys.view(np.int32).astype(np.int64) - 1, "top_weights": weights}
+        keys = columns.view(np.int32)[..., of_keys].astype(np.int64)
+        keys -= 1
+        return {"top_keys": keys, "top_weights": weights}
 
     def begin(self, group_size: int, rows: int, keys: Int64s) -> RowSums:
         return _RowTop(self._count, group_size, rows, keys)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import math
 import mmap
 import os
 import stat
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from numpy.typing import NDArray
 
 from oocattn.errors import IntegrityError
@@ -105,6 +107,14 @@ def _write(descriptor: int, content: NDArray[np.uint8], offset: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "nothing is written, and no reason given")
         written += count
+
+
+def page_aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> NDArray[Any]:
+    """Uninitialised memory for an array, of which whole pages are written past the page cache."""
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(nbytes + mmap.PAGESIZE, np.uint8)
+    start = -memory.ctypes.data % mmap.PAGESIZE
+    return memory[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _extend(descriptor: int, written: int, size: int) -> None:
