@@ -70,13 +70,15 @@ def write_sums(run: Run, check: Callable[[], object]) -> None:
     computed again where the run is resumed.
     """
     reductions = _along_rows(run.plan)
+    if not reductions:
+        return
     arrays = {name: _open_array(run, name, reduction) for name, reduction in reductions.items()}
     room, of_block = _room(run.plan), _most_of_block(run.plan, reductions)
     missing = (_missing(run.plan, arrays, head_group) for head_group in range(run.plan.problem.head_groups))
     calls = [(number, held) for number, parts in enumerate(missing) for held in _together(parts, room - of_block)]
     taken = [sum(part.nbytes for part in held) for _, held in calls]
-    wanted = min(MOST_THREADS, count_cores(), ceil_div(sum(taken), THREAD_BYTES))
-    threads = max(1, min(wanted, room // (of_block + max(taken, default=0) or 1)))
+    of_call = of_block + max(taken, default=0)
+    threads = max(1, min(MOST_THREADS, count_cores(), ceil_div(sum(taken), THREAD_BYTES), room // of_call))
 
     def write(head_group: int, parts: Sequence[_Part]) -> None:
         for part, sums in zip(parts, _add_up(run, reductions, head_group, parts, check), strict=True):
@@ -86,8 +88,7 @@ def write_sums(run: Run, check: Callable[[], object]) -> None:
     with ThreadPool(threads, "oocattn-sum") as pool:
         for _ in map_in_order(pool, write, calls, threads):
             pass
-    if arrays:
-        sync_metadata(run.growing.path)
+    sync_metadata(run.growing.path)
 
 
 def _room(plan: Plan) -> int:
@@ -97,7 +98,7 @@ def _room(plan: Plan) -> int:
 
 def _most_of_block(plan: Plan, reductions: Mapping[str, KeyReduction]) -> int:
     """Bytes of the sums of a block, at most."""
-    rows, keys = range(plan.out_rows(0).start, plan.out_rows(0).start + plan.chunk_rows), [range(plan.problem.keys)]
+    rows, keys = plan.query_rows(0), [range(plan.problem.keys)]
     shapes = (each.shapes(plan.problem.group_size, rows, keys) for each in reductions.values())
     return 8 * sum(math.prod(shape) for of_reduction in shapes for shape in of_reduction)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from oocattn.storage.files import operations
-from oocattn.storage.files.durable import make_durably, sync, write_durably, write_text
+from oocattn.storage.files.durable import make_durably, page_aligned, sync, write_durably, write_text
 from oocattn.storage.files.regular import read_file
 
 
@@ -115,6 +116,15 @@ def test_writes_and_reads_may_do_a_part(tmp_path: Path, monkeypatch: pytest.Monk
     content = np.random.default_rng(0).integers(0, 256, 12_345, np.uint8)
     write_durably(tmp_path / "file", [content[:8192], content[8192:]])
     assert read_file(tmp_path / "file", 1 << 20) == content.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1024), (5,)])
+def test_memory_for_an_array_begins_on_a_page_and_is_written_as_any_other(shape: tuple[int, ...], tmp_path: Path) -> None:
+    array = page_aligned(shape, "int64")
+    assert (array.shape, array.dtype, array.ctypes.data % mmap.PAGESIZE) == (shape, np.dtype("int64"), 0)
+    array[...] = np.arange(array.size).reshape(shape)
+    assert write_durably(tmp_path / "file", [array]) == array.nbytes
+    assert (tmp_path / "file").read_bytes() == np.arange(array.size).tobytes()
 
 
 def test_a_write_that_does_nothing_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
