@@ -146,8 +146,8 @@ class PassTimer:
             self._ended, self._report = clock.now(), event.report
 
     def __str__(self) -> str:
+        from oocattn.pipelines.watch.report import time_with_pass  # which the pass has imported by then
+
         now = clock.now()
-        seconds = now - self._began
-        if self._report is None:
-            return f"{format_seconds(seconds)}; the pass was done before"
-        return f"{self._report.as_pass(seconds)} and what came after it {format_seconds(now - self._ended)}"
+        words = time_with_pass(now - self._began, self._report)
+        return words if self._report is None else f"{words} and what came after it {format_seconds(now - self._ended)}"

@@ -25,7 +25,7 @@ from oocattn.pipelines.result import Result
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey_arrays import MEAN_HEAD, Making, PassArrays, wanted_arrays
 from oocattn.pipelines.watch.events import Callback
-from oocattn.pipelines.watch.report import RunReport
+from oocattn.pipelines.watch.report import RunReport, time_with_pass
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.plan import Plan
@@ -39,7 +39,6 @@ from oocattn.storage.paths import ATTRIBUTES, STORE, SURVEY, ResultPaths
 from oocattn.storage.results.added import MARK, Added, add_arrays, missing, open_added, settle
 from oocattn.storage.results.locking import hold_lock, require_lock
 from oocattn.storage.results.summary import ResultAttributes
-from oocattn.units import format_seconds
 
 FORMAT = 1
 """Of the JSON document."""
@@ -103,12 +102,7 @@ class Survey(Shown):
 
     def _table(self) -> list[tuple[str, str]]:
         rows = [("path", self.path), *((name, f"{list(array.shape)} {array.dtype}") for name, array in self.arrays.items())]
-        return rows if self.seconds is None else [*rows, ("time", self._time(self.seconds))]
-
-    def _time(self, seconds: float) -> str:
-        return (
-            f"{format_seconds(seconds)}; the pass was done before" if self.report is None else self.report.as_pass(seconds)
-        )
+        return rows if self.seconds is None else [*rows, ("time", time_with_pass(self.seconds, self.report))]
 
 
 def _panel_names(batch: int, heads: Sequence[int]) -> list[str]:

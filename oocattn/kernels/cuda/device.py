@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 
+from oocattn.kernels.kernel import LEAST_ALONE, SMALL_SEGMENT
 from oocattn.threads import ThreadPool
 from oocattn.units import ceil_div, round_up
 
@@ -54,15 +55,15 @@ def allocated_bytes(*sizes: int) -> int:
     rest is rounded to 2 MiB.
     """
     small = sum(round_up(size, 512) for size in sizes if size <= _MIB)
-    middle = [size for size in sizes if _MIB < size < 10 * _MIB]
-    large = sum(round_up(size, 2 * _MIB) for size in sizes if size >= 10 * _MIB)
-    return round_up(small, 2 * _MIB) + _shared_segments(middle) * 20 * _MIB + large
+    middle = [size for size in sizes if _MIB < size < LEAST_ALONE]
+    large = sum(round_up(size, SMALL_SEGMENT) for size in sizes if size >= LEAST_ALONE)
+    return round_up(small, SMALL_SEGMENT) + _shared_segments(middle) * 2 * LEAST_ALONE + large
 
 
 def segment_bytes(*sizes: int) -> int:
     """Bytes of one segment of which tensors of at most these sizes are cut, but for those up to 1 MiB; 0 where all are."""
     large = sum(round_up(size, 512) for size in sizes if size > _MIB)
-    return max(10 * _MIB, round_up(large, 2 * _MIB)) if large else 0
+    return max(LEAST_ALONE, round_up(large, SMALL_SEGMENT)) if large else 0
 
 
 def small_bytes(*sizes: int) -> int:
@@ -71,7 +72,7 @@ def small_bytes(*sizes: int) -> int:
     They share segments of 2 MiB, of which each holds two at least. In a small call every tensor may be small.
     """
     most = [min(round_up(size, 512), _MIB) for size in sizes if size]
-    return 2 * _MIB * min(ceil_div(len(most), 2), sum(most) // _MIB + 1) if most else 0
+    return SMALL_SEGMENT * min(ceil_div(len(most), 2), sum(most) // _MIB + 1) if most else 0
 
 
 def _shared_segments(sizes: list[int]) -> int:

@@ -161,12 +161,6 @@ class RunReport(Shown):
     def _table(self) -> list[tuple[str, str]]:
         return named_lines(str(self))
 
-    def as_pass(self, seconds: float) -> str:
-        """What a command took, in words, whose second pass this is."""
-        since = " since it was resumed" if self.pairs_before else ""
-        of_pass, predicted = format_seconds(self.seconds), format_seconds(self.predicted_seconds)
-        return f"{format_seconds(seconds)}, of which the pass took {of_pass}{since} (predicted {predicted})"
-
     def __str__(self) -> str:
         since = " since it was resumed" if self.pairs_before else ""
         lines = [
@@ -302,3 +296,12 @@ def read_report(paths: ResultPaths) -> RunReport | None:
     """The report beside a result, or None; IntegrityError for a damaged one."""
     found = paths.load(REPORT, MOST_BYTES)
     return replace(RunReport.from_json(found), place=paths) if found else None
+
+
+def time_with_pass(seconds: float, report: RunReport | None) -> str:
+    """What a command took, in words, with the report of its second pass; None where that was done before."""
+    if report is None:
+        return f"{format_seconds(seconds)}; the pass was done before"
+    since = " since it was resumed" if report.pairs_before else ""
+    of_pass, predicted = format_seconds(report.seconds), format_seconds(report.predicted_seconds)
+    return f"{format_seconds(seconds)}, of which the pass took {of_pass}{since} (predicted {predicted})"
