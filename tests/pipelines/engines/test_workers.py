@@ -27,6 +27,8 @@ from oocattn.pipelines.session import run_plan
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.paths import ResultPaths
 
+LATEST_SECONDS = 6.0  # after a time limit, on a busy machine: a frozen worker that is waited for keeps a run for 15 and more
+
 
 @pytest.fixture(autouse=True)
 def _workers_are_often_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,7 @@ def test_a_frozen_worker_does_not_outstay_a_time_limit(dataset: Path, result: Pa
                     callbacks=[freeze],
                     until=until,
                 )
-            assert clock.now() < until + 1
+            assert clock.now() < until + LATEST_SECONDS
         finally:
             os.kill(process, signal.SIGCONT)
     assert oocattn.status(result).state == "interrupted"
@@ -109,7 +111,7 @@ def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
                     DaskEngine(workers),
                     until=until,
                 )
-            assert clock.now() < until + 1
+            assert clock.now() < until + LATEST_SECONDS
         finally:
             os.kill(process, signal.SIGCONT)
 
