@@ -237,10 +237,25 @@ class CyclicQuorums:
 
         Also how many of the quorums need each key chunk.
         """
-        chunks, matrix = self.chunks, self.live.matrix()
-        query, key = (each.astype(np.int32) for each in np.nonzero(matrix))
-        owner = self.owners(query, key)
-        queries, keys = (np.zeros((chunks, chunks), bool) for _ in range(2))  # [chunk, quorum]
-        queries[query, owner] = keys[key, owner] = True
+        pattern, matrix, chunks = _pattern(self.chunks), self.live.matrix(), np.arange(self.chunks)
+        offsets = np.asarray(pattern.query_offset)
+        queries, at = _any_of(_by_difference(matrix), offsets)
+        keys, _ = _any_of(_by_difference(matrix.T)[:, -chunks], (offsets + chunks) % len(chunks))
+        index = np.flatnonzero(np.bincount(((chunks[:, None] - at) % len(chunks))[queries], minlength=1))
         of_keys = keys.sum(1, dtype=np.int64)
-        return int(queries.sum()), int(of_keys.sum()), tuple(np.flatnonzero(queries.any(0)).tolist()), of_keys
+        return int(queries.sum()), int(of_keys.sum()), tuple(index.tolist()), of_keys
+
+
+def _by_difference(matrix: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Of a square matrix [a, b] the one with (b - a) modulo its size in place of b: a view of two copies side by side."""
+    size = len(matrix)
+    twice = np.empty((size, 2 * size), bool)
+    twice[:, :size] = twice[:, size:] = matrix
+    return np.lib.stride_tricks.as_strided(twice, (size, size), (2 * size + 1, 1), writeable=False)
+
+
+def _any_of(matrix: NDArray[np.bool_], offsets: NDArray[np.int64]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which rows have any in the columns of each offset: [rows, offsets], and the offsets, ascending."""
+    order = np.argsort(offsets, kind="stable")
+    found, first = np.unique(offsets[order], return_index=True)
+    return np.logical_or.reduceat(matrix[:, order], first, axis=1), found
