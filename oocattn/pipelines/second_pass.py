@@ -91,8 +91,8 @@ class PassResult:
 class Asked:
     """What a second pass computes, and the name of its result in the folder of job state of the result that it is of.
 
-    With `other` it is by another division than the first pass's, if the budget allows. `kernel` pins one, `device_memory` is
-    its budget in bytes. A pass that is there and can only go on otherwise is an error with `keep`; else it begins again.
+    With `other` it is by another division than the first pass's, where that costs little. `kernel` pins one, `device_memory`
+    is its budget in bytes. A pass that is there and can only go on otherwise is an error with `keep`; else it begins again.
     """
 
     second_pass: SecondPass
@@ -124,9 +124,9 @@ def second_pass(
         asked = replace(first.problem, out_dtype="float32", second_pass=what.second_pass)
         request = Request(asked, first.dataset.with_lse(first.arrays.lse), paths)
         kernel = what.kernel or _kernel(asked, first.plan)
-        choices = Choices(device_memory=what.device_memory, host_memory=host_memory, kernel=kernel)
         preferred = _OTHER_DIVISION[first.plan.decomposition] if what.other else None
-        result = _compute(request, choices, what, preferred, workplace, callbacks, until)
+        choices = Choices(what.device_memory, host_memory, kernel=kernel, preferred=preferred)
+        result = _compute(request, choices, what, workplace, callbacks, until)
         first.require_same()
         recorded = ResultAttributes.read(paths).plan
         yield PassResult(ResultArrays(result.out, result.lse), str(paths.result), recorded, result)
@@ -203,12 +203,11 @@ def _compute(
     request: Request,
     choices: Choices,
     what: Asked,
-    preferred: str | None,
     workplace: Workplace,
     callbacks: Sequence[Callback],
     until: float,
 ) -> Result:
-    """Go on with a pass that is there, or begin one, by the preferred division if the budget allows."""
+    """Go on with a pass that is there, or begin one."""
     found, refused = _find(request, choices, what)
     if refused:
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", refused)
@@ -223,7 +222,4 @@ def _compute(
                 f"{format_bytes(needed)}; give that{instead}"
             )
         return session.attend(request, Choices(kernel=found.plan.kernel), workplace, callbacks, until)
-    if preferred is not None:
-        with suppress(BudgetError):
-            return session.attend(request, replace(choices, decomposition=preferred), workplace, callbacks, until)
     return session.attend(request, choices, workplace, callbacks, until)

@@ -27,13 +27,15 @@ FINE_SECONDS = 0.005  # seconds of a subproblem below which scheduling costs mor
 TIE_RATIO = 1.05  # predictions of two kinds of division closer than this count as equal
 
 CLOSE_RATIO = 1.01
+PREFERRED_RATIO = 1.25  # times the fastest that a preferred kind of division may take
 
 
 @dataclass(frozen=True)
 class Choices:
     """What a user chose of a plan, None for what is left to it: budgets in bytes, what a kill may cost in seconds.
 
-    `precise` leaves out kernels that round softmax weights to 16 bits.
+    `precise` leaves out kernels that round softmax weights to 16 bits. `preferred` is the kind of division that is taken
+    where it costs little.
     """
 
     device_memory: int | None = None
@@ -43,6 +45,7 @@ class Choices:
     kernel: str | None = None
     checkpoint_seconds: float | None = None
     precise: bool = False
+    preferred: str | None = None
 
 
 def make_plan(
@@ -54,15 +57,17 @@ def make_plan(
     inputs: InputCost = InputCost(),  # noqa: B008 - frozen
     chunks: int | None = None,
     decomposition: str = "auto",
+    preferred: str | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     to_store: bool = False,
 ) -> Plan:
     """Choose the division, tiles and place of partials that finish soonest.
 
-    Budgets are bytes over all lanes. `chunks` pins c and `decomposition` the kind. Where the budgets leave a choice, a kill
-    costs no more than `checkpoint_seconds` (0: whatever it costs). `to_store` says that the result is sent to a store, which
-    takes memory. Raises ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works
-    and what larger ones give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not.
+    Budgets are bytes over all lanes. `chunks` pins c and `decomposition` the kind; a `preferred` kind is chosen where it
+    keeps partials in memory and takes at most a quarter longer. Where the budgets leave a choice, a kill costs no more than
+    `checkpoint_seconds` (0: whatever it costs). `to_store` says that the result is sent to a store, which takes memory.
+    Raises ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works and what
+    larger ones give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not.
     """
     limit = min(max(problem.out_rows, problem.keys), MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
@@ -78,7 +83,7 @@ def make_plan(
     plans = cost_all(device_memory, host_memory)
     chosen = _choose(plans)
     if chosen is not None and not is_hopeless(chosen):
-        return chosen
+        return _preferred(plans, chosen, preferred)
 
     def plan_with(name: BudgetName, budget: int) -> Plan | None:
         budgets = (budget, host_memory) if name == "device" else (device_memory, budget)
@@ -153,6 +158,14 @@ def _choose(plans: Sequence[Plan]) -> Plan | None:
     fastest = min(plan.seconds for plan in ties)
     close = (plan for plan in ties if plan.seconds <= CLOSE_RATIO * fastest)
     return min(close, key=lambda plan: (plan.chunks, plan.span, -plan.accumulators))
+
+
+def _preferred(plans: Sequence[Plan], chosen: Plan, preferred: str | None) -> Plan:
+    """The best of the preferred kind of division, where that costs little; else the one that was chosen."""
+    of_kind = _choose([plan for plan in plans if plan.decomposition == preferred and plan.partials == "memory"])
+    if of_kind is None or is_hopeless(of_kind) or of_kind.seconds > PREFERRED_RATIO * chosen.seconds:
+        return chosen
+    return of_kind
 
 
 def _keeps_to_interval(plan: Plan) -> bool:

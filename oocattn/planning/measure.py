@@ -173,6 +173,7 @@ def plan_here(
         inputs=input_cost(dataset, problem, host_memory),
         chunks=choices.chunks,
         decomposition=choices.decomposition,
+        preferred=choices.preferred,
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
         to_store=to_store,
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up import MIB, plan, smallest_named
 from support import GPU, MACHINE, a_problem, normal_arrays, replanned, write_dataset
-from test_planner import MIB, plan, smallest_named
 
 import oocattn
 from oocattn import BudgetError

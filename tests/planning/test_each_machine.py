@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from made_up import plan
 from support import GPU, MACHINE, a_problem, replanned
-from test_planner import plan
 
 from oocattn import BudgetError, Plan
 from oocattn.planning.machine import Hardware

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up import MIB, asked, check_the_smallest_budget, plan, smallest_named
 from support import GPU, a_problem
-from test_planner import MIB, asked, check_the_smallest_budget, plan, smallest_named
 
 from oocattn import BudgetError
 from oocattn.kernels.registry import get_kernel

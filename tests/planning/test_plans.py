@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_up import problems
 from support import GENEROUS, GPU, MACHINE, a_problem
-from test_planner import problems
 
 from oocattn.naming import on_command_line
 from oocattn.planning.candidates import make_plan
