@@ -121,10 +121,10 @@ def test_a_time_limit_ends_a_run_with_its_own_code_and_it_can_be_resumed(dataset
 
 
 def test_a_second_signal_ends_a_run_at_once(dataset, result):
-    """In a run whose subproblems take two seconds."""
-    process = started(dataset, result, pause=2.0)
+    """In a run whose subproblems take five seconds."""
+    process = started(dataset, result, pause=5.0)
     process.send_signal(signal.SIGINT)
     time.sleep(0.1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=1) == -signal.SIGINT
+    assert process.wait(timeout=3.5) == -signal.SIGINT
