@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,14 @@ import pytest
 import warm
 from distributed import Client, LocalCluster
 from distributed.worker import Worker
-from interrupting import kill_at, uninterrupted
+from interrupting import interrupted, kill_at, uninterrupted
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
 from oocattn import Event, TimeLimitError, clock
 from oocattn.pipelines import attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS
-from oocattn.pipelines.engines.dask.engine import DaskEngine
+from oocattn.pipelines.engines.dask.engine import DaskEngine, DaskLanes
 from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin
 from oocattn.pipelines.existing import Request
 from oocattn.pipelines.session import run_plan
@@ -114,6 +115,30 @@ def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
             assert clock.now() < until + LATEST_SECONDS
         finally:
             os.kill(process, signal.SIGCONT)
+
+
+def test_a_worker_that_dies_as_a_run_ends_is_not_waited_for(
+    dataset: Path, result: Path, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 30 s a scheduler tries to reach one that is gone."""
+    plan = plan_for(dataset, chunks=7, causal=True, lanes=2)
+    right = uninterrupted(plan, dataset)
+    moments = []
+    with processes(2) as workers:
+        (address, process), *_ = workers.run(os.getpid).items()
+        save = DaskLanes.save
+
+        def kill_and_save(lanes: DaskLanes) -> int:
+            os.kill(process, signal.SIGKILL)
+            while address in workers.nthreads():
+                time.sleep(0.1)
+            moments.append(time.monotonic())
+            return save(lanes)
+
+        monkeypatch.setattr(DaskLanes, "save", kill_and_save)
+        interrupted(plan, dataset, result, "attended", 6, client=workers)
+        assert time.monotonic() - moments[0] < 20
+    assert_same_bits(oocattn.resume(result, client=client), right)
 
 
 DRIVE = """
