@@ -8,9 +8,9 @@ import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import ip_address
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -26,8 +26,9 @@ from oocattn.units import format_seconds
 ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs, must answer
 LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
 FIRST_WORKER_SECONDS = 60.0  # for which a run waits for a first worker
-KEEPING_SECONDS = 5.0  # of a task that keeps a worker of an adaptive cluster until it has work
-KEPT_AGAIN_SECONDS = 4.0  # after which it has another
+KEEPING_SECONDS = 5.0  # for which tasks keep a worker of an adaptive cluster until it has work
+KEPT_AGAIN_SECONDS = 4.0  # after which it has others
+KEPT_SECONDS = 0.2  # of each of them: for so long the only thread of a worker may not be free
 
 logger = logging.getLogger("oocattn")
 
@@ -133,20 +134,18 @@ def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any
 
     Returns how many there are. Raises WorkerLostError where the scheduler does not answer.
     """
-    began, task, there = time.monotonic(), None, 0
+    began, kept, there = time.monotonic(), list[Any](), 0
     try:
         while (there := len(living_workers(client))) < count:
             if time.monotonic() - began > (seconds if there else seconds_for_any):
                 break
-            if not there and task is None:  # an adaptive cluster starts workers for tasks alone, and stops those without
-                task = client.submit(time.sleep, KEEPING_SECONDS, pure=False)
-                fire_and_forget(task)
+            if not there and not kept:  # an adaptive cluster starts workers for tasks alone, and stops those without
+                kept = _keep(client)
             check()
             time.sleep(0.1)
     finally:
-        if task is not None and not there:
-            with suppress(Exception):  # the scheduler is gone
-                client.cancel([task], force=True)
+        if not there:
+            _let_go(client, kept)
     return there
 
 
@@ -159,9 +158,10 @@ def wait_for_others(client: Client, known: Container[str], seconds: float, check
         time.sleep(0.1)
 
 
-def keeping_workers(client: Client, check: Check) -> Check:
+@contextmanager
+def keeping_workers(client: Client, check: Check) -> Iterator[Check]:
     """The check, which also gives tasks to workers again and again: an adaptive cluster stops those without."""
-    given = -math.inf
+    given, kept = -math.inf, list[Any]()
 
     def keep() -> None:
         nonlocal given
@@ -169,11 +169,28 @@ def keeping_workers(client: Client, check: Check) -> Check:
         if time.monotonic() - given > KEPT_AGAIN_SECONDS:
             given = time.monotonic()
             for address in living_workers(client):
-                kept = client.submit(time.sleep, KEEPING_SECONDS, workers=[address], allow_other_workers=True, pure=False)
-                fire_and_forget(kept)
+                kept.extend(_keep(client, workers=[address], allow_other_workers=True))
 
     keep()
-    return keep
+    try:
+        yield keep
+    finally:
+        _let_go(client, kept)
+
+
+def _keep(client: Client, **where: Any) -> list[Any]:
+    """Give a worker short tasks, one after another: their futures. They come after those of a run."""
+    kept: list[Any] = []
+    for _ in range(round(KEEPING_SECONDS / KEPT_SECONDS)):
+        kept.append(client.submit(lambda *_: time.sleep(KEPT_SECONDS), *kept[-1:], pure=False, priority=-1, **where))
+    fire_and_forget(kept)
+    return kept
+
+
+def _let_go(client: Client, kept: list[Any]) -> None:
+    """Take back those of the tasks that have not begun."""
+    with suppress(Exception):  # the scheduler is gone
+        client.cancel(kept, force=True)
 
 
 def check_scheduler(client: Client) -> None:

@@ -307,16 +307,17 @@ class DaskEngine(Engine):
         return roll.computing
 
     def replenish(self, check: Check, *, replacements: bool = True) -> None:
-        count, check = self.lane_count if replacements else 1, keeping_workers(self._client, check)
-        if not wait_for_workers(self._client, count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, check):
-            raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
-        roll = enlist_again(self._client, self._expected, check)
-        if roll.have_left:
-            seconds = LAST_REPLACEMENT_SECONDS
-            logger.warning("the last workers have left: waiting for others, %s at most", format_seconds(seconds))
-            wait_for_others(self._client, roll.asked, seconds, check)
-            roll = enlist_again(self._client, self._expected, check)
-        self._take(roll)
+        count = self.lane_count if replacements else 1
+        with keeping_workers(self._client, check) as keep:
+            if not wait_for_workers(self._client, count, REPLACEMENT_SECONDS, LAST_REPLACEMENT_SECONDS, keep):
+                raise WorkerLostError("all workers are gone with what they held in memory; start some and resume")
+            roll = enlist_again(self._client, self._expected, keep)
+            if roll.have_left:
+                seconds = LAST_REPLACEMENT_SECONDS
+                logger.warning("the last workers have left: waiting for others, %s at most", format_seconds(seconds))
+                wait_for_others(self._client, roll.asked, seconds, keep)
+                roll = enlist_again(self._client, self._expected, keep)
+            self._take(roll)
 
     def _take(self, roll: Roll) -> None:
         """Have the ready ones of these workers take part; WorkerLostError where none is left."""
