@@ -211,7 +211,7 @@ class CodecReader:
         read_selection(array, self._location, selection, out, self._axes.token_axis)
 
     def _check_shards(self, selection: tuple[slice, ...]) -> None:
-        if self._shards is not None:
+        if self._shards is not None and self._is_local:
             self._shards.check(selection)
 
 

@@ -1,14 +1,14 @@
 """Chunks in shards of a store that lets requests wait: those that a read needs are fetched at the same time.
 
 Zarr asks for them one after another, each time after the shard's index. Here the index is kept, chunks that lie side by side
-are one request, and Zarr finds what it asks for.
+are one request, a shard that is read as a whole is one together with its index, and Zarr finds what it asks for.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -37,11 +37,17 @@ KEPT_BYTES = 2 << 20
 
 
 class _Fetched(WrapperStore[Store]):
-    """A store of which some parts are here: of each key its index, by its length, and stretches of bytes."""
+    """A store of which some parts are here: `whole` objects, of others the index, by its length, and stretches of bytes."""
 
-    def __init__(self, store: Store, indices: dict[str, Buffer], parts: dict[str, list[tuple[int, Buffer]]]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        whole: Mapping[str, Buffer],
+        indices: Mapping[str, Buffer],
+        parts: Mapping[str, Sequence[tuple[int, Buffer]]],
+    ) -> None:
         super().__init__(store)
-        self._indices, self._parts = indices, parts
+        self._whole, self._indices, self._parts = whole, indices, parts
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         """The value of `key`, or the part of it in `byte_range`: what is here is not asked for."""
@@ -52,6 +58,9 @@ class _Fetched(WrapperStore[Store]):
         get_ranges = Store.get_ranges
 
     def _find(self, key: str, byte_range: ByteRequest | None) -> Buffer | None:
+        whole = self._whole.get(key)
+        if whole is not None:
+            return _cut(whole, byte_range)
         index = self._indices.get(key)
         if isinstance(byte_range, SuffixByteRequest):
             return index if index is not None and byte_range.suffix == len(index) else None
@@ -62,6 +71,15 @@ class _Fetched(WrapperStore[Store]):
                 return part[byte_range.start - start : byte_range.end - start]
         at_start = index is not None and (byte_range.start, byte_range.end) == (0, len(index))
         return index if at_start else None
+
+
+def _cut(whole: Buffer, byte_range: ByteRequest | None) -> Buffer:
+    """The part of an object that is in `byte_range`."""
+    if isinstance(byte_range, SuffixByteRequest):
+        return whole[max(0, len(whole) - byte_range.suffix) :]
+    if isinstance(byte_range, RangeByteRequest):
+        return whole[byte_range.start : byte_range.end]
+    return whole if byte_range is None else whole[byte_range.offset :]
 
 
 class ShardParts:
@@ -79,30 +97,42 @@ class ShardParts:
         self._changing = threading.Lock()
 
     def check(self, selection: tuple[slice, ...]) -> None:
-        """Check the shards of a selection that were not checked before, as `check_shard` does."""
+        """Check the shards of a selection that were not checked before, as `check_shard` does: `fetched` does so itself."""
         for shard in self._shards_of(selection):
             if chunk_key(self._stored, shard) not in self._checked:
                 self._index(shard)
 
     def fetched(self, array: zarr.Array[Any], selection: tuple[slice, ...]) -> zarr.Array[Any]:
-        """The array, a `complete_array` of this one, with the chunks of a selection here but for those of whole shards."""
+        """The array, a `complete_array` of this one, with the chunks of a selection here, of shards that are checked."""
         indices: dict[str, Buffer] = {}
-        wanted: list[tuple[str, RangeByteRequest]] = []
+        whole: dict[str, tuple[int, ...]] = {}
+        wanted: list[tuple[str, RangeByteRequest | None]] = []
         for shard in self._shards_of(selection):
-            within = self._chunks_of(selection, shard)
+            within, key = self._chunks_of(selection, shard), chunk_key(self._stored, shard)
             if all(len(part) == count for part, count in zip(within, self._counts, strict=True)):
-                continue  # which Zarr asks for by one request
-            key = chunk_key(self._stored, shard)
+                whole[key] = shard
+                wanted.append((key, None))
+                continue
             indices[key] = self._index(shard)
             stretches = stretches_of(indices[key], self._config, self._counts)
             chosen = stretches[np.ix_(*within)].reshape(-1, 2)
             wanted += [(key, RangeByteRequest(start, stop)) for start, stop in _joined(chosen.tolist())]
         contents = sync(all_of(array.store.get(key, buffer_prototype, part) for key, part in wanted))
         parts: dict[str, list[tuple[int, Buffer]]] = {}
+        objects: dict[str, Buffer] = {}
         for (key, part), content in zip(wanted, contents, strict=True):
-            if content is not None:
+            assert content is not None  # or it would have raised
+            if part is None:
+                objects[key] = content
+            else:
                 parts.setdefault(key, []).append((part.start, content))
-        return array_at(_Fetched(array.store, indices, parts), array.path, array.metadata)
+        stored = array_at(_Fetched(array.store, objects, indices, parts), array.path, self._stored.metadata)
+        for key, shard in whole.items():
+            index = check_shard(stored, shard, self._location, len(objects[key]))
+            found = Future[Buffer]()
+            found.set_result(type(index).from_bytes(index.to_bytes()))  # not a part of the whole, which would stay
+            self._keep(key, found)
+        return array_at(stored.store, array.path, array.metadata)
 
     def _index(self, shard: tuple[int, ...]) -> Buffer:
         """The index of a shard, which is checked whenever it is read; reads that need the same one share a request."""
@@ -121,13 +151,18 @@ class ShardParts:
             with self._changing:
                 del self._indices[key]
             raise
+        self._keep(key, found)
+        return found.result()
+
+    def _keep(self, key: str, found: Future[Buffer]) -> None:
+        """Keep the index of a shard that was checked, unless one is asked for; let go of those that are too many."""
         with self._changing:
             self._checked.add(key)
+            self._indices.setdefault(key, found)
             most = max(1, KEPT_BYTES // len(found.result()))
             for other in list(self._indices)[: max(0, len(self._indices) - most)]:
                 if self._indices[other].done():
                     del self._indices[other]
-        return found.result()
 
     def _shards_of(self, selection: tuple[slice, ...]) -> Iterator[tuple[int, ...]]:
         spans = zip(selection, self._stored.shape, self._shards, strict=True)
