@@ -93,7 +93,7 @@ class Attempt:
         """Raise TaintedError where the dataset is not what it was when the run began."""
         dataset = self._run.dataset
         with naming("the check of the dataset"):
-            changed = changed_arrays(dataset.as_found.within_run, dataset.reopen().fingerprint(within_run=True))
+            changed = changed_arrays(dataset.as_found.within_run, dataset.fingerprint_again())
         if changed:
             raise TaintedError(
                 f"{dataset.location}: {changed} of the dataset changed while the run read it; the result is discarded, run "

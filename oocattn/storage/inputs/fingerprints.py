@@ -26,6 +26,7 @@ from oocattn.storage.layout import chunk_key, coordinates_of, stored_chunks, sto
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.remote.store import all_of
 from oocattn.storage.zarr_compat import ByteRequest, RangeByteRequest, SuffixByteRequest, buffer_prototype, sync
+from oocattn.threads import ThreadPool
 
 NAMES = ("q", "k", "v", KEY_BIAS, LSE)
 """The arrays of a dataset, in the order of their fingerprints. Only the first three are always there."""
@@ -76,10 +77,11 @@ def fingerprints_of(name: str, array: zarr.Array[Any], location: str, axes: Axes
         recorded.update(f"\n{key} {state}".encode())
         within_run.update(f"\n{key} {(*state, status.st_ctime_ns)}".encode())
         untimed.update(f"\n{key} {status.st_size}".encode())
-    for version in _versions(array):
+    versions, contents = _ask(array, location)
+    for version in versions:
         recorded.update(f"\n{version}".encode())
         within_run.update(f"\n{version}".encode())
-    for content in _sample(array, location):
+    for content in contents:
         for digest in digests:
             digest.update(content)
     first, second, third = (digest.hexdigest()[:32] for digest in digests)
@@ -92,11 +94,18 @@ def unusual(axes: Axes, rank: int) -> list[str]:
     return [] if axes.order == usual else [str(axes)]
 
 
+def _ask(array: zarr.Array[Any], location: str) -> tuple[list[str], list[bytes]]:
+    """What a store says of the stored chunks, and a sample of them: one elsewhere is asked for both at once."""
+    if isinstance(array.store, MappedStore):
+        return [], _sample(array, location)
+    with ThreadPool(2, "oocattn-ask") as pool:
+        versions, contents = pool.submit(lambda: [*_versions(array)]), pool.submit(_sample, array, location)
+        return versions.result(), contents.result()
+
+
 def _versions(array: zarr.Array[Any]) -> Iterator[str]:
     """What a store elsewhere than in a local folder says of the stored chunks' content, where it says so."""
     store: Any = array.store
-    if isinstance(store, MappedStore):
-        return
     chunks = (chunk_key(array, coordinates) for coordinates in stored_chunks(array))
     if not isinstance(store, GivenStore):
         found = sync(store.list_versions(array.path))
