@@ -24,7 +24,6 @@ from typing import Literal
 from oocattn.pipelines.failing import place_of
 from oocattn.pipelines.schedule import Schedule
 from oocattn.planning.interleaving import window_of
-from oocattn.planning.memory import STAGING_SLOTS
 
 Step = Literal["stage", "attend", "merge", "write"]
 
@@ -87,7 +86,7 @@ class Graph:
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._plan = plan = schedule.plan
-        self._slots = STAGING_SLOTS[plan.device]
+        self._slots = plan.buffers.slots
         in_flight = 1 if plan.device == "cpu" else self._slots
         self._ends = [
             _LaneEnd(

@@ -8,7 +8,7 @@ from typing import Literal
 from oocattn.division.quorums import quorum_size
 from oocattn.planning.live import ChunkGrid, keys_needed, live_pairs
 from oocattn.planning.machine import Hardware, InputCost
-from oocattn.planning.memory import Buffers, Tiles, lane_bytes, slot_bytes, totals_bytes
+from oocattn.planning.memory import Buffers, Tiles, count_slots, lane_bytes, slot_bytes, totals_bytes
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.calls import CallSize
 from oocattn.problem.problem import Problem
@@ -73,7 +73,8 @@ def lay_out(
     of_gpu = hardware.device == "cuda"
     totals = totals_bytes(problem.second_pass, problem.group_size, chunk_rows, keys) if of_gpu else 0
     device, states = hardware.device, (candidate.partials, candidate.accumulators)
-    buffers = Buffers(slot, chunk_rows, out_chunk_rows, *states, device, to_store)
+    slots = count_slots(device, inputs.ahead)
+    buffers = Buffers(slot, slots, chunk_rows, out_chunk_rows, *states, device, to_store)
 
     def laid_out(tiles: Tiles) -> Layout:
         rows, of_call = (chunk_rows, keys) if hardware.device == "cpu" else (tiles.query, tiles.key)

@@ -20,6 +20,7 @@ from oocattn.records import Positive
 from oocattn.units import ceil_div, round_up
 
 STAGING_SLOTS = {"cpu": 2, "cuda": 3}  # subproblems staged on a lane: one read, one computed (on a GPU two in flight)
+SLOTS_AHEAD = 4  # where a store is read ahead: one is computed, one may wait for that, two are read
 QUERY_SLOTS = 2  # query tiles on a GPU, each with its state: one computed, one copied
 KEY_SLOTS = 3  # key tiles on a GPU at a time: one that is attended and two that are copied in
 PARTIAL_BLOCK_ROWS = 4096  # rows of a block of a partial's file: some megabytes, so that merging streams
@@ -56,6 +57,7 @@ class Buffers:
     """Host memory of a lane: slots, accumulators, partials to disk, chunks of `out`."""
 
     slot: int
+    slots: int
     chunk_rows: int
     out_chunk_rows: int
     partials: str
@@ -89,9 +91,14 @@ class Buffers:
 
     def nbytes(self, problem: Problem) -> int:
         """Bytes of all, as they are allocated."""
-        allocations = [(STAGING_SLOTS[self.device], self.slot), (self.out_blocks(problem), self.out_bytes(problem))]
+        allocations = [(self.slots, self.slot), (self.out_blocks(problem), self.out_bytes(problem))]
         allocations += [(count, self.state_bytes(problem, rows)) for count, rows in self.states().values()]
         return sum(count * (size if self.device == "cpu" else _in_segments(size)) for count, size in allocations)
+
+
+def count_slots(device: str, ahead: int) -> int:
+    """Staging slots of a lane, where so many bytes are read `ahead` of a store."""
+    return SLOTS_AHEAD if ahead else STAGING_SLOTS[device]
 
 
 def partial_file_bytes(problem: Problem, rows: int) -> int:
@@ -148,7 +155,7 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
         totals = totals_bytes(asked, problem.group_size, buffers.chunk_rows, keys)
         return DevicePieces.of(problem, tiles, buffers.partials, totals).nbytes + kernel_scratch, host + totals
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
-    return STAGING_SLOTS["cpu"] * buffers.slot + working, host + working
+    return buffers.slots * buffers.slot + working, host + working
 
 
 def count_writers(problem: Problem, device: str, out_chunk_rows: int, *, to_store: bool) -> int:

@@ -18,7 +18,7 @@ from oocattn.division.strips import Strips
 from oocattn.pins import Pins
 from oocattn.planning.live import ChunkGrid, kept_with_mask, live_pairs
 from oocattn.planning.machine import MAX_LANES, Device, InputCost, Machine
-from oocattn.planning.memory import Buffers, Tiles
+from oocattn.planning.memory import Buffers, Tiles, count_slots
 from oocattn.planning.plan_text import plan_line, plan_text
 from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.mask import Mask
@@ -147,8 +147,8 @@ class Plan(Shown):
     @property
     def buffers(self) -> Buffers:
         """Host memory of a lane."""
-        rows = self.chunk_rows, self.out_chunk_rows
-        return Buffers(self.slot_bytes, *rows, self.partials, self.accumulators, self.device, self.to_store)
+        slots, rows = count_slots(self.device, self.inputs.ahead), (self.chunk_rows, self.out_chunk_rows)
+        return Buffers(self.slot_bytes, slots, *rows, self.partials, self.accumulators, self.device, self.to_store)
 
     @cached_property
     def subproblems(self) -> int:

@@ -6,12 +6,12 @@ How long a store lets a request wait is measured where the inputs are read. A re
 from __future__ import annotations
 
 from oocattn.planning.machine import Hardware, InputCost
-from oocattn.planning.memory import STAGING_SLOTS, count_writers
+from oocattn.planning.memory import count_slots, count_writers
 from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
 
-CHECKS = 6
-"""Requests one after another besides reading: for the first bytes, and to check the dataset at the end."""
+CHECKS = 4
+"""Requests one after another besides reading: for the first index and bytes, and two to check the dataset at the end."""
 
 COMMITS = 12
 """Requests one after another with which a result in a store is committed."""
@@ -30,7 +30,7 @@ def reading(seconds: float, staged: int, inputs: InputCost, hardware: Hardware) 
     if not inputs.latency:
         return 0.0
     of_lane = ceil_div(staged, hardware.lanes) * inputs.latency + hardware.lanes * seconds
-    return of_lane / STAGING_SLOTS[hardware.device]
+    return of_lane / count_slots(hardware.device, inputs.ahead)
 
 
 def sending(nbytes: float, problem: Problem, out_chunk_rows: int, inputs: InputCost, hardware: Hardware) -> float:

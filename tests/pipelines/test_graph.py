@@ -20,7 +20,8 @@ from oocattn.pipelines.engines.dask.engine import GraphMaker
 from oocattn.pipelines.graph import STEPS, Graph, Task, TaskId, pieces
 from oocattn.pipelines.schedule import CompletedWork, Schedule
 from oocattn.planning.candidates import make_plan
-from oocattn.planning.memory import STAGING_SLOTS
+from oocattn.planning.machine import InputCost
+from oocattn.planning.memory import count_slots
 from oocattn.problem.given import GivenArrays
 
 
@@ -46,7 +47,8 @@ def plans(draw: st.DrawFn) -> Plan:
         more["given"] = GivenArrays(seqused_k=np.array(draw(st.lists(st.integers(0, keys), min_size=2, max_size=2))))
     problem = a_problem(tokens, query_heads=4, kv_heads=draw(st.sampled_from([1, 2, 4])), **more)
     chunks = draw(st.integers(1, 20 if decomposition == "cqs" else 8))
-    options = {"chunks": chunks, "decomposition": decomposition}
+    inputs = InputCost(ahead=draw(st.sampled_from([0, 1 << 24])))  # which takes other slots
+    options: dict[str, Any] = {"chunks": chunks, "decomposition": decomposition, "inputs": inputs}
     machine = draw(st.sampled_from([MACHINE, GPU]))
     plan = make_plan(problem, machine, device_memory=GENEROUS, host_memory=GENEROUS, **options)
     return with_partials(plan, draw(st.sampled_from(["memory", "disk"]))) if decomposition == "cqs" else plan
@@ -89,7 +91,7 @@ class Lane:
         assert len(self.held) <= self.plan.accumulators
 
     def stage(self, turn: int, head_group: int, index: int, wanted: tuple[int, ...]) -> None:
-        slots = STAGING_SLOTS[self.plan.device]
+        slots = count_slots(self.plan.device, self.plan.inputs.ahead)
         assert turn % slots not in {held % slots for held in self.slots}
         self.slots[turn] = head_group, index, wanted
 

@@ -10,7 +10,7 @@ from support import GENEROUS, MACHINE, a_problem
 
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.machine import InputCost
-from oocattn.planning.memory import STAGING_SLOTS
+from oocattn.planning.memory import SLOTS_AHEAD, STAGING_SLOTS
 from oocattn.planning.plan import Plan
 from oocattn.planning.waiting import COMMITS
 
@@ -49,8 +49,18 @@ def test_small_subproblems_wait_for_a_store_longer_than_for_its_bytes() -> None:
     few, many = plan_of(2), plan_of(256)
     least = few.problem.input_bytes / 50e6
     assert few.link("read").seconds < 1.6 * least  # keys are read for both strips, and half of them once more
-    assert many.link("read").seconds >= many.subproblems * 0.1 / STAGING_SLOTS["cpu"]
+    assert many.link("read").seconds >= many.subproblems * 0.1 / SLOTS_AHEAD
     assert plan_of(2, latency=1.0).link("read").seconds > few.link("read").seconds  # each has the store's rate by half
+
+
+def test_slots_that_are_filled_ahead_of_a_store_are_counted() -> None:
+    problem, pinned = a_problem(65_536), {"chunks": 4, "decomposition": "strips", "device_memory": GENEROUS}
+    here, there = (
+        make_plan(problem, MACHINE, host_memory=GENEROUS, inputs=InputCost(ahead=ahead), **pinned) for ahead in (0, 1 << 24)
+    )
+    assert there.slot_bytes == here.slot_bytes
+    assert there.peak_host - here.peak_host == (SLOTS_AHEAD - STAGING_SLOTS["cpu"]) * here.slot_bytes
+    assert there.buffers.slots == SLOTS_AHEAD
 
 
 def test_chunks_at_the_edge_of_a_window_count_where_they_are_decoded() -> None:

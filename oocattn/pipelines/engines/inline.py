@@ -41,7 +41,7 @@ from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.growing import RunState
 from oocattn.threads import begin_call
 
-THREADS = 6  # of a lane: up to three attend (on a GPU), others stage, merge and write
+THREADS = 6  # of a lane: up to four attend (on a GPU), others stage, merge and write
 
 logger = logging.getLogger("oocattn")
 

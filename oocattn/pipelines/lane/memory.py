@@ -17,7 +17,7 @@ import torch
 from oocattn.errors import BudgetError
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.failing import SET_UP, naming
-from oocattn.planning.memory import ALIGNMENT, STAGING_SLOTS
+from oocattn.planning.memory import ALIGNMENT
 from oocattn.planning.plan import Plan
 from oocattn.units import format_bytes, round_up
 
@@ -80,7 +80,7 @@ class HostMemory:
         self._plan = plan
         self._allocate = allocate
         self._stopped = False
-        self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(STAGING_SLOTS[plan.device])]
+        self.slots: list[Future[torch.Tensor]] = [Future() for _ in range(plan.buffers.slots)]
         self.states = {name: States() for name in plan.buffers.states()}
         self.out_blocks = Pool[OutBlock]()
         self._allocated = allocator.submit(self._allocate_or_fail)

@@ -53,12 +53,14 @@ class Readers:
         self._decoding = threading.Lock()
         self._window = Window(ahead) if ahead else None
         self._ahead = ThreadPool(MOST_READS, "oocattn-ahead")
-        self._beginning = threading.Lock()
 
-    def carry_out(self, reads: Sequence[Read]) -> list[ReadResult]:
-        """Carry out reads, in their order as far as they wait for each other; return what each found."""
+    def carry_out(self, reads: Sequence[Read], turn: int = 0) -> list[ReadResult]:
+        """Carry out reads, in their order as far as they wait for each other; return what each found.
+
+        What is read ahead for a lower `turn` begins first.
+        """
         if self._window is not None and any(read.array.is_remote for read in reads):
-            return self._read_ahead(reads, self._window)
+            return self._read_ahead(reads, turn, self._window)
         if self._one_thread:  # to hand over each read takes longer than a small one
             return self._threads.submit(lambda: [self._read(read) for read in reads]).result()
         return list(self._threads.map(self._read, reads))
@@ -68,22 +70,22 @@ class Readers:
         self._threads.shutdown()
         self._ahead.shutdown()
 
-    def _read_ahead(self, reads: Sequence[Read], window: Window) -> list[ReadResult]:
-        """Begin reads as the window has room; those of another caller begin when all of these have begun."""
+    def _read_ahead(self, reads: Sequence[Read], turn: int, window: Window) -> list[ReadResult]:
+        """Begin reads as the window has room; those of a later turn begin when all of these have begun."""
         begun: list[Future[ReadResult]] = []
         failed = threading.Event()
-        with self._beginning:
+        with window.turn(turn):
             for read in reads:
                 if failed.is_set():
                     break
-                begun.append(self._begin(read, window, failed))
+                begun.append(self._begin(read, turn, window, failed))
         wait(begun)  # none goes on into a slot that is used again
         return [each.result() for each in begun]
 
-    def _begin(self, read: Read, window: Window, failed: threading.Event) -> Future[ReadResult]:
+    def _begin(self, read: Read, turn: int, window: Window, failed: threading.Event) -> Future[ReadResult]:
         if not read.array.is_remote:
             return self._threads.submit(self._read, read)
-        taken = window.take(read.array.decoded_bytes(read.tokens.start, read.tokens.stop))
+        taken = window.take(read.array.decoded_bytes(read.tokens.start, read.tokens.stop), turn)
 
         def end(future: Future[ReadResult]) -> None:
             window.give(taken)

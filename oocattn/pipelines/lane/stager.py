@@ -117,7 +117,7 @@ class Stager:
         chunks = [chunk for chunk in subproblem.query_chunks if wanted is None or chunk in wanted]
         self._staged[turn] = staged = self._lay_out(slot, head_group, subproblem, rows, chunks)
         reads = list(self._reads(staged))
-        arrays, found = set(), self._readers.carry_out(reads)
+        arrays, found = set(), self._readers.carry_out(reads, turn)
         for read, (_, not_finite) in zip(reads, found, strict=True):
             if not_finite and read.counted_for is not None:
                 staged.not_finite[read.counted_for] += not_finite

@@ -79,6 +79,22 @@ def test_other_reads_are_decoded_one_at_a_time(is_remote: bool, ahead: int) -> N
     assert rows.most == 10
 
 
+def test_reads_of_an_earlier_turn_begin_before_those_that_wait_already() -> None:
+    rows = Rows()
+    readers = Readers(1, ahead=1000, step=lambda: None)
+    first, later = reads_of(rows, 60)[0], [read for read in reads_of(rows, 160)[0] if read.tokens.start >= 60]
+    with ThreadPoolExecutor(2) as pool:
+        two = pool.submit(readers.carry_out, later, 1)
+        while not rows.order:
+            time.sleep(0.001)
+        one = pool.submit(readers.carry_out, first, 0)
+        one.result()
+        assert not two.done()
+    readers.close()
+    assert rows.order.index(50) < 6 + 3  # but for those of the later turn that had begun
+    assert sorted(rows.order) == [*range(0, 160, 10)]
+
+
 def test_a_failure_is_raised_when_no_read_is_under_way_and_begins_no_others() -> None:
     rows = Rows(fails_at=20)
     reads, _ = reads_of(rows, 1000)
@@ -98,7 +114,7 @@ def test_the_reads_of_the_next_subproblem_begin_while_the_last_of_this_one_are_u
         one = pool.submit(readers.carry_out, first)
         while not rows.order:
             time.sleep(0.001)
-        two = pool.submit(readers.carry_out, second)
+        two = pool.submit(readers.carry_out, second, 1)
         ends = max(begun for begun, _ in one.result()), min(begun for begun, _ in two.result())
     readers.close()
     assert max(rows.order.index(read.tokens.start) for read in first) < 8  # in their order, but for those of one moment

@@ -30,7 +30,7 @@ with collection_paused():
     from oocattn.pipelines.engines.dask.runs import PLUGIN, UPDATE_SECONDS, Runs
     from oocattn.pipelines.graph import STEPS
 
-THREADS = 8  # of a worker, for tasks: up to three attend, others stage, merge and write
+THREADS = 8  # of a worker, for tasks: up to four attend, others stage, merge and write
 DESCRIPTORS = 24  # files that must be free to be opened: a cluster opens some ten as it starts
 
 NO_PROFILER = {"distributed.worker.profile.enabled": False}
