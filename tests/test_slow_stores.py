@@ -21,6 +21,7 @@ from support import assert_same_bits
 import oocattn
 from oocattn.pipelines.watch.events import Staged, Started, Written
 from oocattn.storage.inputs.dataset import Dataset
+from oocattn.storage.inputs.fingerprints import changed_arrays
 
 LATENCY = 0.1
 UNLIMITED = 1e12
@@ -212,7 +213,8 @@ def test_the_proxy_gives_its_rate_to_a_plain_reader(tmp_path: Path) -> None:
     assert seconds <= 1.5 * nbytes / 10e6
 
 
-def test_damage_in_a_shard_that_is_fetched_in_parts_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [100, 2**13])  # parts of a shard, and a whole one
+def test_damage_in_a_shard_of_a_server_is_found(tmp_path: Path, rows: int) -> None:
     inputs = write_inputs(tmp_path / "qkv.zarr", tokens=2**13, heads=1, shards=(1, 1, 2**13, DIM), compressors=None)
     shard = inputs / "k" / "c" / "0" / "0" / "0" / "0"
     content = bytearray(shard.read_bytes())
@@ -220,9 +222,52 @@ def test_damage_in_a_shard_that_is_fetched_in_parts_is_found(tmp_path: Path) -> 
     with serving(tmp_path) as server:
         source = Dataset.open(f"{server.url}/qkv.zarr").arrays["k"]
         shard.write_bytes(content)
-        out = np.empty((100, DIM), source.dtype)
+        out = np.empty((rows, DIM), source.dtype)
         with pytest.raises(oocattn.IntegrityError, match="missing"):
-            source.read_rows(0, 0, 0, 100, out)
+            source.read_rows(0, 0, 0, rows, out)
+
+
+def test_a_dataset_in_a_slow_store_is_looked_at_again_by_few_requests_after_one_another(
+    tmp_path: Path, bucket: dict[str, Any]
+) -> None:
+    inputs = write_inputs(tmp_path / "qkv.zarr", tokens=2**13, **{**STORED["shards"], "shards": (1, 1, 2**12, DIM)})
+    upload(inputs, bucket, "again.zarr")
+    latency, seconds = 5 * LATENCY, []
+    with slowing(bucket["endpoint_url"], latency, UNLIMITED) as store:
+        options = {**bucket, "endpoint_url": store.url}
+        dataset = Dataset.open(f"s3://{BUCKET}/again.zarr", storage_options=options)
+        before = dataset.as_found.within_run
+        for _ in range(3):
+            began = time.monotonic()
+            assert dataset.fingerprint_again() == before
+            seconds.append(time.monotonic() - began)
+        assert dataset.reopen().fingerprint(within_run=True) == before
+    assert min(seconds) < 3.5 * latency  # the group, then its arrays; meanwhile what is listed, and samples
+
+
+def test_a_change_of_metadata_or_chunks_in_a_store_is_found(tmp_path: Path, bucket: dict[str, Any]) -> None:
+    inputs = write_inputs(tmp_path / "qkv.zarr", tokens=2**12, **STORED["plain"])
+    upload(inputs, bucket, "changed.zarr")
+    dataset = Dataset.open(f"s3://{BUCKET}/changed.zarr", storage_options=bucket)
+    before = dataset.as_found.within_run
+    assert dataset.fingerprint_again() == before
+    chunk = (inputs / "k" / "c" / "0" / "1" / "1" / "0").read_bytes()
+    put = client_of(bucket).put_object
+    put(Bucket=BUCKET, Key="changed.zarr/k/c/0/1/1/0", Body=chunk[::-1])
+    assert changed_arrays(before, dataset.fingerprint_again()) == "k"
+    put(Bucket=BUCKET, Key="changed.zarr/k/c/0/1/1/0", Body=chunk)
+    assert dataset.fingerprint_again() == before
+    other = (inputs / "v" / "zarr.json").read_text().replace("little", "big")
+    put(Bucket=BUCKET, Key="changed.zarr/v/zarr.json", Body=other.encode())
+    assert changed_arrays(before, dataset.fingerprint_again()) == "v"
+
+
+def test_a_plan_measures_the_rate_of_a_store(tmp_path: Path, bucket: dict[str, Any]) -> None:
+    upload(write_inputs(tmp_path / "qkv.zarr", **STORED["shards"]), bucket, "measured.zarr")
+    with slowing(bucket["endpoint_url"], LATENCY, 4e6) as store:
+        options = {**bucket, "endpoint_url": store.url}
+        plan = oocattn.plan(f"s3://{BUCKET}/measured.zarr", storage_options=options)
+    assert plan.inputs.decode_rate == pytest.approx(4e6, rel=0.1)
 
 
 def test_what_a_plan_says_of_reading_ahead_is_json(

@@ -39,12 +39,15 @@ ASKED = 3  # requests for next to nothing of which the fastest says how long a s
 SHORT_LATENCY = 0.002
 """Seconds of waiting up to which one read at a time has most of the rate."""
 
-LEAST_AHEAD, MOST_AHEAD = 16 << 20, 256 << 20
-"""Bytes that are read ahead where requests wait: what some ten connections have under way, and a hundred."""
+LEAST_AHEAD, MOST_AHEAD = 32 << 20, 256 << 20
+"""Bytes that are read ahead where requests wait: eight reads, of which some wait, and what a hundred connections have."""
 
-WAITS_AHEAD = 3
-"""How many times what comes in the time that a request waits is read ahead: for indices of shards, for their chunks, and
-what is being decoded."""
+SCANT_AHEAD = 16 << 20
+"""Bytes that are read ahead where the budget leaves no more."""
+
+WAITS_AHEAD = 5
+"""How many times what comes in the time that a request waits is read ahead. Reads that began together end together, and the
+next ones wait together: the more bytes are under way, the less of the time that is."""
 
 AHEAD_SHARE = 0.25
 """Share of the host memory that decoding what is read ahead may take."""
@@ -113,7 +116,11 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
     remote = [array for array in slow if array.is_remote]
     latency = _latency(remote)
     ahead = _most_ahead(remote, host_memory) if latency > SHORT_LATENCY else 0
-    rates = {array.spec.name: read_rate(dataset, array.spec.name, problem, host_memory, ahead, latency) for array in slow}
+    alone = [array for array in slow if not (ahead and array.is_remote)]
+    rates = {array.spec.name: read_rate(array, problem, host_memory) for array in alone}
+    if ahead:
+        rate = read_rate_ahead(remote, problem, host_memory, ahead, latency)
+        rates |= {array.spec.name: rate for array in remote}
     decoded = tuple(
         f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
         for array in slow
@@ -121,8 +128,7 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
     found = replace(found, decode_rate=min(rates.values()), align_rows=max(array.chunk_rows for array in slow))
     if not ahead:
         return replace(found, notes=recorded + decoded)
-    fastest = max(rates[array.spec.name] for array in remote)
-    ahead = min(ahead, max(LEAST_AHEAD, 1 << math.ceil(WAITS_AHEAD * latency * fastest).bit_length()))
+    ahead = min(ahead, max(LEAST_AHEAD, 1 << math.ceil(WAITS_AHEAD * latency * rate).bit_length()))
     memory = max(found.decode_bytes, *(array.decode_bytes_ahead(ahead) for array in remote))
     words = f"requests wait {latency * 1e3:.0f} ms: {format_bytes(ahead)} are read ahead"
     return replace(found, decode_bytes=memory, latency=latency, ahead=ahead, notes=(*recorded, *decoded, words))
@@ -142,56 +148,72 @@ def _most_ahead(remote: Sequence[TensorSource], host_memory: int) -> int:
     """The most bytes that may be read ahead: decoding them takes a share of the host memory; 0 where no read does."""
     ahead = MOST_AHEAD
     while ahead and max(array.decode_bytes_ahead(ahead) for array in remote) > AHEAD_SHARE * host_memory:
-        ahead = ahead // 2 if ahead > LEAST_AHEAD else 0
+        ahead = ahead // 2 if ahead > SCANT_AHEAD else 0
     return ahead
 
 
-def read_rate(
-    dataset: Dataset, name: str, problem: Problem, host_memory: int, ahead: int = 0, latency: float = 0.0
-) -> float:
-    """Bytes per second at which parts of an array can be read, whatever is cached, within `host_memory` bytes.
-
-    Where so many bytes are read `ahead`, `latency` seconds are those before the first of them come.
-    """
-    array = dataset.arrays[name]
-    row = () if name == "key_bias" else array.spec.shape[-1:]
-    row_bytes = math.prod(row) * array.dtype.itemsize
-    tokens = problem.queries if name == "q" else problem.keys
-    ahead = ahead if array.is_remote else 0
-    most = min(4 * SAMPLE_BYTES, host_memory - (array.decode_bytes_ahead(ahead) if ahead else array.decode_bytes))
-    rows = min(tokens, max(array.chunk_rows, SAMPLE_BYTES // row_bytes), most // row_bytes)
+def read_rate(array: TensorSource, problem: Problem, host_memory: int) -> float:
+    """Bytes per second at which parts of an array can be read, whatever is cached, within `host_memory` bytes."""
+    rows = _sample_rows(array, problem, host_memory - array.decode_bytes)
     if rows < 1:
         return ASSUMED_RATE
-    buffer = np.empty((rows, *row), array.dtype)
+    buffer = np.empty((rows, *array.row_shape), array.dtype)
+    tokens = _tokens(array, problem)
 
     def read(part: int) -> int:
         start = part * rows % (tokens - rows + 1)
-        if ahead:
-            _read_ahead(array, range(start, start + rows), buffer, ahead)
-        else:
-            array.read_rows(0, 0, start, start + rows, buffer)
+        array.read_rows(0, 0, start, start + rows, buffer)
         return buffer.nbytes
 
-    if not ahead:
-        return _best_rate(read)
-    array.read_rows(0, 0, 0, 1, buffer[:1])  # what is asked first of a shard is its index
-    began = time.perf_counter()
-    nbytes = read(0)
-    seconds = time.perf_counter() - began  # the store sends on while threads wait for a core
-    return nbytes / max(seconds - min(latency, seconds / 2), 1e-6)
+    return _best_rate(read)
 
 
-def _read_ahead(array: TensorSource, tokens: range, buffer: NDArray[Any], ahead: int) -> None:
-    """Read tokens of the first head by reads that are under way together, as a run does."""
+def read_rate_ahead(arrays: Sequence[TensorSource], problem: Problem, host_memory: int, ahead: int, latency: float) -> float:
+    """Bytes per second at which arrays in stores come in, of which so many bytes are read `ahead`, all at the same time.
+
+    `latency` seconds are those before the first of them come. What is decoded after the last of them came counts only as far
+    as it takes a core: in a run others come meanwhile.
+    """
+    room = (host_memory - max(array.decode_bytes_ahead(ahead) for array in arrays)) // len(arrays)
+    rows = [_sample_rows(array, problem, room) for array in arrays]
+    if min(rows) < 1:
+        return ASSUMED_RATE
+    samples = [(array, np.empty((n, *array.row_shape), array.dtype)) for array, n in zip(arrays, rows, strict=True)]
+    _read_ahead([(array, buffer[:1]) for array, buffer in samples], ahead)  # what is asked first of a shard is its index
+    began, began_busy = time.perf_counter(), time.process_time()
+    _read_ahead(samples, ahead)
+    seconds, busy = time.perf_counter() - began, time.process_time() - began_busy
+    came = max(array.received for array in arrays) - began  # the store sends on while threads wait for a core
+    seconds = min(seconds, max(came, latency + busy)) if came > 0 else seconds
+    return sum(buffer.nbytes for _, buffer in samples) / max(seconds - min(latency, seconds / 2), 1e-6)
+
+
+def _sample_rows(array: TensorSource, problem: Problem, most: int) -> int:
+    """Tokens of a sample of an array, of `most` bytes at most."""
+    enough = max(array.chunk_rows, SAMPLE_BYTES // array.row_bytes)
+    return min(_tokens(array, problem), enough, min(4 * SAMPLE_BYTES, most) // array.row_bytes)
+
+
+def _tokens(array: TensorSource, problem: Problem) -> int:
+    """Tokens of an array of a problem."""
+    return problem.queries if array.spec.name == "q" else problem.keys
+
+
+def _read_ahead(samples: Sequence[tuple[TensorSource, NDArray[Any]]], ahead: int) -> None:
+    """Read the first tokens of arrays into their buffers, by reads that are under way together, as a run does."""
     window = Window(ahead)
 
-    def read(part: range) -> None:
+    def read(array: TensorSource, part: range, out: NDArray[Any]) -> None:
         taken = window.take(array.decoded_bytes(part.start, part.stop))
         try:
-            array.read_rows(0, 0, part.start, part.stop, buffer[part.start - tokens.start : part.stop - tokens.start])
+            array.read_rows(0, 0, part.start, part.stop, out)
         finally:
             window.give(taken)
 
     with ThreadPool(MOST_READS, "oocattn-sample") as pool:
-        for _ in pool.map(read, cut_at_multiples(tokens, array.ahead_rows)):
-            pass
+        for begun in [
+            pool.submit(read, array, part, buffer[part.start : part.stop])
+            for array, buffer in samples
+            for part in cut_at_multiples(range(len(buffer)), array.ahead_rows)
+        ]:
+            begun.result()

@@ -114,6 +114,11 @@ class TensorSource(ABC):
         """Bytes of the chunks that have the same tokens as one chunk of a head."""
         return self.chunk_rows * self.row_bytes * self.shared_heads
 
+    @property
+    def received(self) -> float:
+        """When the last bytes came from the store that it `is_remote` in, by `time.perf_counter`; 0 where nobody knows."""
+        return 0.0
+
     def ask(self) -> None:
         """Make a request for next to nothing of the store that it `is_remote` in, and wait for the answer."""
         raise NotImplementedError

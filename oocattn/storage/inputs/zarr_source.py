@@ -29,6 +29,7 @@ from oocattn.storage.layout import ChunkFiles, chunk_key, obstacles, stored_byte
 from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import open_array
 from oocattn.storage.nodes import node_name
+from oocattn.storage.remote.store import RemoteStore
 from oocattn.storage.zarr_compat import RangeByteRequest, buffer_prototype, sync
 from oocattn.threads import ThreadPool
 
@@ -106,6 +107,11 @@ class ZarrSource(TensorSource):
     def is_remote(self) -> bool:
         """See `TensorSource.is_remote`."""
         return self.path is None
+
+    @property
+    def received(self) -> float:
+        """See `TensorSource.received`."""
+        return self.array.store.received if isinstance(self.array.store, RemoteStore) else 0.0
 
     def ask(self) -> None:
         """See `TensorSource.ask`: for the first byte of the first chunk."""

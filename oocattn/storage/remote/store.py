@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -56,6 +57,9 @@ class RemoteStore(FsspecStore):
     secrets: tuple[str, ...] = ()
     """What no message shows."""
 
+    received = 0.0
+    """When the last bytes of an object came, by `time.perf_counter`."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._limit = current_limit()
@@ -81,9 +85,11 @@ class RemoteStore(FsspecStore):
         """The value of `key`, or the part of it in `byte_range`; None if there is none."""
         get = super().get
         try:
-            return await self._retry("reading", key, lambda: get(key, prototype, byte_range))
+            found = await self._retry("reading", key, lambda: get(key, prototype, byte_range))
         except FileNotFoundError:
             return None
+        self.received = time.perf_counter()
+        return found
 
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
