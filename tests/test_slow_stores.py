@@ -227,6 +227,16 @@ def test_damage_in_a_shard_of_a_server_is_found(tmp_path: Path, rows: int) -> No
             source.read_rows(0, 0, 0, rows, out)
 
 
+def test_a_shard_that_is_read_as_a_whole_is_one_request_and_its_index_is_kept(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "qkv.zarr", tokens=2**13, heads=1, shards=(1, 1, 2**13, DIM), compressors=None)
+    with serving(tmp_path) as server:
+        source = Dataset.open(f"{server.url}/qkv.zarr").arrays["k"]
+        server.requests.clear()
+        for rows in (2**13, 100):
+            source.read_rows(0, 0, 0, rows, np.empty((rows, DIM), source.dtype))
+    assert server.requests == 2 * [("GET", "/qkv.zarr/k/c/0/0/0/0")]
+
+
 def test_a_dataset_in_a_slow_store_is_looked_at_again_by_few_requests_after_one_another(
     tmp_path: Path, bucket: dict[str, Any]
 ) -> None:

@@ -139,15 +139,6 @@ def test_a_server_that_fails_later_is_no_damage(server: Server, storage: str) ->
             read_all_of(dataset, "k", rows)
 
 
-def test_a_shard_that_is_read_as_a_whole_is_one_request_and_its_index_is_kept(server: Server) -> None:
-    dataset = Dataset.open(f"{server.url}/sharded.zarr")
-    server.requests.clear()
-    read_all_of(dataset, "k")
-    assert server.requests == [("GET", "/sharded.zarr/k/c/0/0/0/0")]
-    read_all_of(dataset, "k", 20)
-    assert len(server.requests) == 2
-
-
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize(("code", "expected"), [(503, RemoteError), (404, IntegrityError)])
 def test_a_part_of_a_shard_that_cannot_be_read_is_no_zeros(server: Server, code: int, expected: type[Exception]) -> None:
