@@ -21,6 +21,7 @@ import oocattn
 from oocattn import Event, TimeLimitError, clock
 from oocattn.pipelines import attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS
+from oocattn.pipelines.engines.dask import cluster as cluster_module
 from oocattn.pipelines.engines.dask.engine import DaskEngine, DaskLanes
 from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin
 from oocattn.pipelines.existing import Request
@@ -45,7 +46,9 @@ def dataset(fast_path: Path) -> Path:
 def processes(count: int, **options: object) -> Iterator[Client]:
     """Worker processes, which are replaced when they die."""
     with (
-        LocalCluster(n_workers=count, threads_per_worker=4, memory_limit=0, dashboard_address=None, **options) as cluster,
+        LocalCluster(
+            n_workers=count, **{"threads_per_worker": 4, "memory_limit": 0, "dashboard_address": None, **options}
+        ) as cluster,
         Client(cluster) as connected,
     ):
         yield connected
@@ -115,6 +118,23 @@ def test_a_worker_that_is_frozen_before_it_has_a_lane_does_not_hold_a_run(
             assert clock.now() < until + LATEST_SECONDS
         finally:
             os.kill(process, signal.SIGCONT)
+
+
+def test_workers_with_one_thread_go_on_at_once_when_another_is_lost(
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What keeps those of an adaptive cluster meanwhile may have that thread for a moment only."""
+    monkeypatch.setattr(cluster_module, "KEEPING_SECONDS", 60.0)
+    plan = plan_for(dataset, chunks=7, causal=True, lanes=2)
+    recorder = Recorder([])
+    with processes(2, threads_per_worker=1) as workers:
+        process = next(iter(workers.run(os.getpid).values()))
+        found = carry_out(plan, dataset, result, workers, callbacks=[recorder, kill_at(6, process)])
+    assert_same_bits(found, uninterrupted(plan, dataset))
+    (recovered,) = recorder.of("recovered")
+    staged = [event for event in recorder.of("staged") if event.start > recovered.start]
+    first = {worker: min(event.start for event in staged if event.worker == worker) for worker in {e.worker for e in staged}}
+    assert max(first.values()) < recovered.stop + 20
 
 
 def test_a_worker_that_dies_as_a_run_ends_is_not_waited_for(
