@@ -277,7 +277,7 @@ def test_a_plan_measures_the_rate_of_a_store(tmp_path: Path, bucket: dict[str, A
     with slowing(bucket["endpoint_url"], LATENCY, 4e6) as store:
         options = {**bucket, "endpoint_url": store.url}
         plan = oocattn.plan(f"s3://{BUCKET}/measured.zarr", storage_options=options)
-    assert plan.inputs.decode_rate == pytest.approx(4e6, rel=0.1)
+    assert plan.inputs.decode_rate == pytest.approx(4e6, rel=0.2)
 
 
 def test_what_a_plan_says_of_reading_ahead_is_json(
