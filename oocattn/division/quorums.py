@@ -241,7 +241,7 @@ class CyclicQuorums:
         offsets = np.asarray(pattern.query_offset)
         queries, at = _any_of(_by_difference(matrix), offsets)
         keys, _ = _any_of(_by_difference(matrix.T)[:, -chunks], (offsets + chunks) % len(chunks))
-        index = np.flatnonzero(np.bincount(((chunks[:, None] - at) % len(chunks))[queries], minlength=1))
+        index = np.flatnonzero(np.bincount(((chunks[:, None] - at) % len(chunks))[queries]))
         of_keys = keys.sum(1, dtype=np.int64)
         return int(queries.sum()), int(of_keys.sum()), tuple(index.tolist()), of_keys
 
