@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,35 @@ def test_a_kernel_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         kernel_rate.cache_clear()  # that of no kernel
     assert rate > 2 * 2 * 16 * 16 * 16 / 0.005 * measure.torch.get_num_threads()
+
+
+def test_what_it_takes_to_launch_a_kernel_does_not_count_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that works for 5 s a call, which takes 2 s to launch: it does what was launched, in order, while others are."""
+    now = done = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.seconds = 0.0
+
+        def record(self) -> None:
+            self.seconds = max(now, done)
+
+        def synchronize(self) -> None:
+            nonlocal now
+            now = max(now, self.seconds)
+
+        def elapsed_time(self, later: Event) -> float:
+            return (later.seconds - self.seconds) * 1e3
+
+    def launch() -> None:
+        nonlocal now, done
+        now += 2.0
+        done = max(now, done) + 5.0
+
+    monkeypatch.setattr(measure.torch.cuda, "Event", Event)
+    monkeypatch.setattr(measure.torch.cuda, "device", lambda _: nullcontext())
+    device = measure.torch.device("cuda", 0)
+    assert [measure._seconds(launch, device) for _ in range(3)] == pytest.approx([5.0] * 3)
 
 
 def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
