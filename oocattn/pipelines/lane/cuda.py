@@ -37,7 +37,7 @@ from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
-from oocattn.pipelines.lane.switching import hold_short_interval
+from oocattn.pipelines.lane.undisturbed import hold_undisturbed
 from oocattn.pipelines.watch.events import Attended, Resource
 from oocattn.planning.memory import FINALISED_ROWS, PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
@@ -67,7 +67,7 @@ class CudaDevice:
     """One GPU. Implements Device. Raises BudgetError where it has no room even for the smallest tiles."""
 
     readers = 8  # 28 GB/s from the page cache with 8, 6 with one (16 cores)
-    cores: int | None = None
+    cores: int | None = 1  # of all GPUs together there are dozens of threads that finish chunks, on the cores that launch
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
         self._device = torch.device(name)
@@ -88,7 +88,7 @@ class CudaDevice:
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event, SummedBlock | None]] = deque()
         """Query chunks in flight, the event after which each is on the host, and what is summed over its rows."""
         self._handing_over = threading.Lock()
-        self._end_short_interval = hold_short_interval(self)
+        self._end_undisturbed = hold_undisturbed(self)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.cuda.device(self._device):
@@ -124,7 +124,7 @@ class CudaDevice:
         self._health.step()
 
     def close(self) -> None:
-        self._end_short_interval()
+        self._end_undisturbed()
         try:
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
                 stream.synchronize()
