@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 
 @contextmanager
@@ -27,10 +26,13 @@ def flush_denormals() -> Iterator[None]:
 def _flush(wanted: bool) -> Iterator[None]:
     smallest = np.ones(1, np.uint32).view(np.float32)
     flushed = not (smallest + smallest).view(np.uint32).any()
-    if flushed != wanted:
-        torch.set_flush_denormal(wanted)
+    if flushed == wanted:
+        yield
+        return
+    import torch  # seconds, where nothing else needs it
+
+    torch.set_flush_denormal(wanted)
     try:
         yield
     finally:
-        if flushed != wanted:
-            torch.set_flush_denormal(flushed)
+        torch.set_flush_denormal(flushed)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from functools import partial
 
-import torch
-
 from oocattn.forks import note_computing
 from oocattn.threads import ThreadPool, begin_call
 
@@ -20,6 +18,8 @@ def plain_threads(count: int, name: str, cores: int | None = None) -> ThreadPool
 
 
 def _begin_plainly(cores: int | None) -> None:
+    import torch  # who only imports this module may do without
+
     torch.set_flush_denormal(False)  # a thread, and the OpenMP threads that it makes, inherit it on Linux
     with _COUNTING:
         if cores is not None and cores != (usual := torch.get_num_threads()):
