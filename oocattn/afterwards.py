@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from oocattn.pipelines.existing import result_at
 from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.second_pass import Asked, FirstPass, second_pass
 from oocattn.pipelines.survey import Survey, survey_result
-from oocattn.pipelines.watch.events import Callback
+from oocattn.pipelines.watch.events import Callback, Event, Started
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
@@ -36,7 +36,9 @@ if TYPE_CHECKING:  # importing distributed takes a second: only passes do
     from distributed import Client
 
     from oocattn.verification.all_rows import AllRowsArrays
+    from oocattn.verification.beside import ProcessBeside
     from oocattn.verification.certificate import Certificate
+    from oocattn.verification.certify import Examined
 
 
 @checked(
@@ -108,31 +110,65 @@ def _certify(
     paths: ResultPaths, chosen: Any, host_memory: int | None, proof: Asked | None, carrying_out: _CarryingOut
 ) -> Certificate:
     """Verify a result with what was chosen of `verify`, after a proof of every row where one is asked for."""
-    from oocattn.verification.certify import certify  # `plan` does not need it
+    from oocattn.verification.beside import ProcessBeside  # `plan` needs neither
+    from oocattn.verification.certify import Examined, certify
 
     found = result_at(paths)
     arrays = ResultArrays(found.out, found.lse)
-    place = paths, arrays, chosen["inputs"], chosen["storage_options"]
-    every = nullcontext() if proof is None else _every_row(place, proof, host_memory, carrying_out)
     budget = default_host_memory() if host_memory is None else host_memory
-    with every as compared, keep_denormals():
-        return certify(paths, arrays, host_memory=budget, all_rows=compared, **chosen)
+    if proof is None:
+        with keep_denormals():
+            return certify(paths, arrays, host_memory=budget, **chosen)
+    first = FirstPass.open(paths, arrays, chosen["inputs"], chosen["storage_options"])
+    with ProcessBeside[Examined | None]() as beside:
+        listener = _examine_meanwhile(beside, first, chosen, budget)
+        with _every_row(first, proof, host_memory, carrying_out, listener) as compared, keep_denormals():
+            return certify(paths, arrays, host_memory=budget, all_rows=compared, beside=beside, **chosen)
+
+
+def _examine_meanwhile(beside: ProcessBeside[Examined | None], first: FirstPass, chosen: Any, budget: int) -> Callback:
+    """A listener to a second pass that has the result examined `beside` it, in half of the host memory that it leaves.
+
+    The other half is for comparing all rows, which may begin before that ends.
+    """
+    from oocattn.verification.beside import PROCESS_BYTES
+    from oocattn.verification.certify import Examination
+
+    numbers = {name: chosen[name] for name in ("rows", "seed", "checksums")}
+
+    def begin(event: Event) -> None:
+        if isinstance(event, Started) and is_worth_a_process(event):
+            room = (budget - event.plan.peak_host - PROCESS_BYTES) // 2
+            asked = Examination(first.paths, first.arrays, first.dataset, host_memory=room, **numbers)
+            if room > 0 and asked.can_be_sent:
+                beside.begin(asked, room)
+
+    return begin
+
+
+def is_worth_a_process(started: Started) -> bool:
+    """Whether rows are sampled in a process of their own beside a second pass.
+
+    They are where GPUs compute it, which leaves cores idle, and for longer than a process needs to come up.
+    """
+    from oocattn.verification.beside import PROCESS_SECONDS
+
+    plan = started.plan
+    seconds = plan.seconds * started.pairs_left / max(1, plan.problem.pairs)
+    return plan.device == "cuda" and seconds > PROCESS_SECONDS
 
 
 @contextmanager
 def _every_row(
-    place: tuple[ResultPaths, ResultArrays, InputsLike | None, StorageOptions | None],
-    proof: Asked,
-    host_memory: int | None,
-    carrying_out: _CarryingOut,
+    first: FirstPass, proof: Asked, host_memory: int | None, carrying_out: _CarryingOut, listener: Callback
 ) -> Iterator[AllRowsArrays]:
-    """What a second pass over a result leaves, to be judged while inside."""
+    """What a second pass over a result leaves, to be judged while inside; with one more `listener`."""
     from oocattn.verification.all_rows import AllRowsArrays
 
-    first = FirstPass.open(*place)
     seed = proof.second_pass.seed
     assert seed is not None
-    with second_pass(first, proof, host_memory, *carrying_out) as second:
+    workplace, callbacks, until = carrying_out
+    with second_pass(first, proof, host_memory, workplace, [*callbacks, listener], until) as second:
         rounds = weights_dtype(first.problem.dtype, second.plan.rounds_weights) != "float32"
         yield AllRowsArrays(second.arrays, second.location, seed, second.computed_by, second.is_other(first), rounds)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from operator import attrgetter
 from typing import Annotated
 
-from oocattn.errors import IntegrityError, OocattnError
+from oocattn.errors import BudgetError, IntegrityError, OocattnError
 from oocattn.problem.arrays import ArrayName, weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.records import ADDED, Count, Excerpt, from_json
@@ -25,12 +26,13 @@ from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.verification.all_rows import AllRowsArrays, check_all_rows
 from oocattn.verification.attended import count_attended
+from oocattn.verification.beside import ProcessBeside
 from oocattn.verification.blocks import Compared
 from oocattn.verification.budget import Fitted, Step, fit
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
-from oocattn.verification.recompute import check_row, recompute_rows
+from oocattn.verification.recompute import KEY_ROWS, check_row, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
@@ -65,20 +67,74 @@ def certify(
     checksums: bool,
     storage_options: StorageOptions | None = None,
     all_rows: AllRowsArrays | None = None,
+    beside: ProcessBeside[Examined | None] | None = None,
 ) -> Certificate:
     """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`.
 
-    `all_rows` is what a second pass over its pairs left: then every row is compared with that.
+    `all_rows` is what a second pass over its pairs left: then every row is compared with that. `beside` may have begun an
+    `Examination` with the same arguments; where there is none, or it is of another result, the result is examined here.
     """
-    result = _Result.open(paths, arrays, inputs, storage_options)
+
+    def open_inputs(recorded: ResultAttributes) -> Dataset:
+        return open_again(recorded.dataset, recorded.problem, "result", inputs, storage_options)
+
+    def examine() -> Certificate:
+        before = None if beside is None else beside.answer()
+        if before is not None and result.is_that_of(before):
+            return before.certificate
+        return result.examine(rows, seed, fitted, versions())
+
+    result = _Result.open(paths, arrays, open_inputs)
     second = None if all_rows is None else result.beside(all_rows)
     fitted = result.fit(rows, second, host_memory, checksums)
-    certificate = result.examine(rows, seed, fitted)
+    held, found = 0 if beside is None else beside.held, None
+    waits = not held or not result.compares_alike(fitted, rows, second, host_memory - held)
+    certificate = examine() if waits else None
     if all_rows is not None and second is not None and fitted.all_rows is not None:
         found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff)
-        certificate = replace(certificate, all_rows=found)
+    certificate = replace(certificate or examine(), all_rows=found)
     result.require_same()
     return _write_certificate(certificate, paths)
+
+
+@dataclass(frozen=True)
+class Examined:
+    """The certificate of a result without all rows, what the result recorded of itself then, and its identity."""
+
+    certificate: Certificate
+    recorded: ResultAttributes
+    identity: str | None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What another process needs to examine a result: it is opened there. Called, it returns what is found.
+
+    `host_memory` is for that process alone. None is found where it does not give what is found with any larger one: sums
+    over smaller tiles are rounded otherwise.
+    """
+
+    paths: ResultPaths
+    arrays: ResultArrays
+    dataset: Dataset
+    rows: int
+    seed: int
+    checksums: bool
+    host_memory: int
+    verified_with: Mapping[str, str] = field(default_factory=versions)  # which there would take PyTorch to know
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether another process can read all of it: nothing is an object in the memory of this one."""
+        stored, tensors = self.paths.stored, self.dataset.arrays.values()
+        return all(each.origin.location for each in tensors) and (stored is None or not stored.is_of_this_process)
+
+    def __call__(self) -> Examined | None:
+        result = _Result.open(self.paths, self.arrays, lambda _: self.dataset)
+        fitted = result.fit(self.rows, None, self.host_memory, self.checksums)
+        if fitted.sample.keys < KEY_ROWS:
+            return None
+        return Examined(result.examine(self.rows, self.seed, fitted, self.verified_with), result.recorded, result.identity)
 
 
 @dataclass(frozen=True)
@@ -94,11 +150,10 @@ class _Result:
     bits: Mapping[str, ArrayBits]
 
     @classmethod
-    def open(
-        cls, paths: ResultPaths, arrays: ResultArrays, inputs: InputsLike | None, storage_options: StorageOptions | None
-    ) -> _Result:
+    def open(cls, paths: ResultPaths, arrays: ResultArrays, inputs: Callable[[ResultAttributes], Dataset]) -> _Result:
+        """A result with its `inputs`, by what it records. Raises IntegrityError where they are not those of its run."""
         recorded, identity = ResultAttributes.read(paths), paths.identity()
-        dataset = open_again(recorded.dataset, recorded.problem, "result", inputs, storage_options)
+        dataset = inputs(recorded)
         fingerprint = fingerprint_like(dataset, recorded.dataset, str(paths.result))
         readers = _readers(recorded.problem, arrays, paths)
         return cls(paths, recorded, identity, dataset, fingerprint, readers, read_bits(paths.result))
@@ -117,7 +172,18 @@ class _Result:
         compared = {name: bits.checksums for name, bits in self.bits.items() if checksums and bits.checksums is not None}
         return fit(self.recorded.problem, self.dataset, self.readers, compared, rows, second, host_memory)
 
-    def examine(self, rows: int, seed: int, fitted: Fitted) -> Certificate:
+    def compares_alike(self, fitted: Fitted, rows: int, second: Compared | None, host_memory: int) -> bool:
+        """Whether it is compared with a second pass within another budget as it is `fitted`."""
+        with suppress(BudgetError):
+            return self.fit(rows, second, host_memory, False).all_rows == fitted.all_rows
+        return False
+
+    def is_that_of(self, before: Examined) -> bool:
+        """Whether it is the result that was examined before, and its dataset the same as far as its fingerprint tells."""
+        found = before.recorded, before.identity, before.certificate.dataset_found
+        return found == (self.recorded, self.identity, self.fingerprint)
+
+    def examine(self, rows: int, seed: int, fitted: Fitted, verified_with: Mapping[str, str]) -> Certificate:
         """What a sample of rows, checksums and the report beside it show."""
         recorded, problem = self.recorded, self.recorded.problem
         exact = recompute_rows(
@@ -145,7 +211,7 @@ class _Result:
             dataset_recorded=recorded.dataset.fingerprint,
             dataset_found=self.fingerprint,
             computed_with=recorded.versions,
-            verified_with=versions(),
+            verified_with=verified_with,
             made=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             tensors=self.dataset.origins,
             plan=recorded.plan,

@@ -1,5 +1,7 @@
 """`verify --all-rows` on a GPU: the pass is computed there, proves right results, and finds a wrong row."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
@@ -7,6 +9,7 @@ import zarr
 import oocattn
 from oocattn.kernels.registry import second_pass_kernel
 from oocattn.storage.bfloat16 import numpy_dtype
+from oocattn.verification.beside import ProcessBeside
 
 pytestmark = pytest.mark.gpu
 
@@ -47,3 +50,22 @@ def test_every_row_is_proved_and_a_wrong_one_is_found(tmp_path, dtype, asked, ke
     found = oocattn.verify(place, checksums=False, **options)
     assert not found.passed
     assert [(each.head, each.token) for each in found.all_rows.wrong] == [(1, WRONG)]
+
+
+def test_a_process_beside_a_pass_finds_what_is_found_after_it(tmp_path, monkeypatch):
+    oocattn.synthesise(tmp_path / "data.zarr", tokens=TOKENS, heads=2, head_dim=64, dtype="float16")
+    oocattn.attention(tmp_path / "data.zarr", tmp_path / "result.zarr", causal=True, engine="inline")
+    answers, answer = [], ProcessBeside.answer
+
+    def note(process):
+        answers.append(answer(process))
+        return answers[-1]
+
+    monkeypatch.setattr(ProcessBeside, "answer", note)
+    found = []
+    for worth in (True, False):
+        monkeypatch.setattr("oocattn.afterwards.is_worth_a_process", lambda started, worth=worth: worth)
+        certificate = oocattn.verify(tmp_path / "result.zarr", all_rows=True, engine="inline")
+        found.append(replace(certificate, made="", files=()).to_json())
+    assert [each is None for each in answers] == [False, True]
+    assert found[0] == found[1]
