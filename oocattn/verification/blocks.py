@@ -148,7 +148,7 @@ class BlockReader:
         readable = self._read_result(block, out, lse)
         self._read(given.second["out"], block, passed)
         self._read(given.second["lse"], block, passed_lse)
-        whole = Piece(block.batch, query_head, np.asarray(asked), norms, out, lse, passed, passed_lse)
+        whole = Piece(block.batch, query_head, np.arange(asked.start, asked.stop), norms, out, lse, passed, passed_lse)
         head = (block.batch * problem.out_heads + block.head) * problem.out_rows
         for first in range(0, block.rows, PIECE_ROWS):
             rows = slice(first, first + PIECE_ROWS)

@@ -16,6 +16,9 @@ from collections.abc import Callable
 SWITCH_SECONDS = 5e-4
 """Seconds: the thread that launches needs its turn before the device runs dry (gaps of 22 ms, not 53)."""
 
+FROZEN_BY_PYTHON = 4096
+"""Objects that may be frozen without a caller's doing: some hundreds in Python 3.12, from its start."""
+
 _HALF = 5e-7  # Python cuts an interval to whole microseconds
 _lock = threading.RLock()  # a lane that nobody closed may end its hold wherever Python collects garbage
 _holds, _found, _set, _frozen = 0, 0.0, 0.0, 0
@@ -43,7 +46,7 @@ def _begin() -> None:
     sys.setswitchinterval(min(SWITCH_SECONDS, _found) + _HALF)
     _set = sys.getswitchinterval()
     _frozen = 0
-    if not gc.get_freeze_count():  # else it is the caller's, who would not have it back as it was
+    if gc.get_freeze_count() < FROZEN_BY_PYTHON:  # else it is the caller's, who would not have it back as it was
         gc.freeze()
         _frozen = gc.get_freeze_count()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import subprocess
 import sys
 import threading
 import weakref
@@ -287,7 +288,7 @@ def test_a_switch_interval_that_the_caller_sets_meanwhile_stays(python_interval:
 
 @pytest.fixture
 def nothing_frozen() -> Iterator[None]:
-    assert gc.get_freeze_count() == 0
+    gc.unfreeze()
     yield
     gc.unfreeze()
 
@@ -304,6 +305,14 @@ def test_what_there_is_is_not_searched_for_garbage_while_there_is_a_lane() -> No
     end_second()
     assert gc.get_freeze_count() == 0
     assert any(each is cycle for each in gc.get_objects())
+
+
+def test_what_python_freezes_at_its_start_does_not_keep_the_rest_from_it() -> None:
+    program = (
+        "import gc; from oocattn.pipelines.lane.undisturbed import hold_undisturbed; before = gc.get_freeze_count(); "
+        "hold_undisturbed(gc.freeze); assert gc.get_freeze_count() > before + 10_000, (before, gc.get_freeze_count())"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "meanwhile"])
