@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from pathlib import Path
@@ -10,11 +11,36 @@ import pytest
 from distributed import Client
 from support import carry_out, plan_for, run_of
 
+import oocattn
 from oocattn import Event
-from oocattn.pipelines.engines import inline
+from oocattn.pipelines.engines import base, inline
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.events import Attended
+
+
+def test_what_is_left_behind_is_said_in_the_words_of_the_run(
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended, attend = threading.Event(), Lane.attend
+
+    def attend_too_long(lane: Lane, turn: int) -> Attended:
+        ended.wait(30)
+        return attend(lane, turn)
+
+    monkeypatch.setattr(Lane, "attend", attend_too_long)
+    loggers = [logging.getLogger(name) for name in ("distributed.worker", "distributed.worker.state_machine")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    try:
+        with pytest.raises(oocattn.TimeLimitError, match="0 of 3 subproblems are done"):
+            oocattn.attention(dataset, result, chunks=3, decomposition="cqs", time_limit=4)
+    finally:
+        ended.set()
+        for logger in loggers:
+            logger.removeHandler(caplog.handler)
+    assert base.NOT_STOPPED in caplog.messages
+    assert not [record.getMessage() for record in caplog.records if record.name.startswith("distributed")]
 
 
 @pytest.mark.parametrize("engine", ["dask", "inline"])

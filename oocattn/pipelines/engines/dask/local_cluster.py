@@ -123,17 +123,19 @@ def _start(address: DashboardAddress, workers: int) -> LocalCluster:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep Dask from logging failed tasks: the run reports them in its own words."""
-    logger = logging.getLogger("distributed.worker")
+    """Keep Dask from logging tasks that failed, or were left behind: the run reports them in its own words."""
 
     def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
-        return not str(record.msg).startswith(("Compute Failed", "Run Failed"))
+        return not str(record.msg).startswith(("Compute Failed", "Run Failed", "Async instruction for"))
 
-    logger.addFilter(is_other)
+    loggers = [logging.getLogger(name) for name in ("distributed.worker", "distributed.worker.state_machine")]
+    for logger in loggers:
+        logger.addFilter(is_other)
     try:
         yield
     finally:
-        logger.removeFilter(is_other)
+        for logger in loggers:
+            logger.removeFilter(is_other)
 
 
 @contextmanager
