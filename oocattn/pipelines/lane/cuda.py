@@ -70,6 +70,7 @@ class CudaDevice:
     cores: int | None = 1  # of all GPUs together there are dozens of threads that finish chunks, on the cores that launch
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
+        self._end_undisturbed = hold_undisturbed(self)
         self._device = torch.device(name)
         self._plan = plan
         self._operation = operation
@@ -88,7 +89,6 @@ class CudaDevice:
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event, SummedBlock | None]] = deque()
         """Query chunks in flight, the event after which each is on the host, and what is summed over its rows."""
         self._handing_over = threading.Lock()
-        self._end_undisturbed = hold_undisturbed(self)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.cuda.device(self._device):

@@ -1,8 +1,8 @@
 """What would hold up the threads that launch, and is held off while there is a lane on a GPU.
 
 Other threads have short turns, and Python searches only what is made meanwhile for cyclic garbage. Each search stops all
-threads: with PyTorch, Dask and bokeh imported, one of everything takes 0.11 to 0.19 s (H200 machine, Python 3.12), twice in a
-run of nine seconds.
+threads: with PyTorch, Dask and bokeh imported, one of everything takes 0.10 to 0.19 s (a machine with H200s, Python 3.12),
+once as a run starts, and again every few seconds.
 """
 
 from __future__ import annotations
