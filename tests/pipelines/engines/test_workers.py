@@ -22,6 +22,7 @@ from oocattn import Event, TimeLimitError, clock
 from oocattn.pipelines import attempt
 from oocattn.pipelines.deadline import MARGIN_SECONDS
 from oocattn.pipelines.engines.dask import cluster as cluster_module
+from oocattn.pipelines.engines.dask import enlisting
 from oocattn.pipelines.engines.dask.engine import DaskEngine, DaskLanes
 from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin
 from oocattn.pipelines.existing import Request
@@ -159,6 +160,30 @@ def test_a_worker_that_dies_as_a_run_ends_is_not_waited_for(
         interrupted(plan, dataset, result, "attended", 6, client=workers)
         assert time.monotonic() - moments[0] < 20
     assert_same_bits(oocattn.resume(result, client=client), right)
+
+
+def test_a_worker_that_dies_as_all_are_asked_is_not_waited_for(
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, recorder = plan_for(dataset, chunks=7, causal=True, lanes=2), Recorder([])
+    living_workers = enlisting.living_workers
+    with processes(2) as workers:
+        doomed = [next(iter(workers.run(os.getpid).items()))]
+
+        def kill_one(client: Client, *seconds: float) -> list[str]:
+            there = living_workers(client, *seconds)
+            if doomed:
+                address, process = doomed.pop()
+                os.kill(process, signal.SIGKILL)
+                while address in client.nthreads():
+                    time.sleep(0.1)
+            return there
+
+        monkeypatch.setattr(enlisting, "living_workers", kill_one)
+        began = clock.now()
+        found = carry_out(plan, dataset, result, workers, callbacks=[recorder])
+    assert recorder.of("started")[0].start - began < 20
+    assert_same_bits(found, uninterrupted(plan, dataset))
 
 
 DRIVE = """

@@ -25,6 +25,8 @@ from oocattn.units import format_seconds
 
 ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs, must answer
 LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
+POLL_SECONDS = 0.2  # between checks while answers are awaited
+GONE_SECONDS = 1.0  # between two looks at whether workers that have not answered are still there
 FIRST_WORKER_SECONDS = 60.0  # for which a run waits for a first worker
 KEEPING_SECONDS = 5.0  # for which tasks keep a worker of an adaptive cluster until it has work
 KEPT_AGAIN_SECONDS = 4.0  # after which it has others
@@ -206,6 +208,27 @@ def living_workers(client: Client, seconds: float = ANSWER_SECONDS) -> list[str]
         return worker_addresses(client, seconds)
     except (OSError, RuntimeError, TimeoutError, ValueError) as error:
         raise scheduler_gone(error) from error
+
+
+def await_answers(
+    client: Client, calls: dict[str, Future[T]], seconds: float, check: Check = lambda: None, check_after: float = math.inf
+) -> None:
+    """Wait for what workers answer, by address, so many seconds at most. Calls of workers that are gone are dropped.
+
+    For 30 s a scheduler would try to reach them. `check` is called again and again after so many seconds.
+    """
+    began = looked = time.monotonic()
+    while (left := seconds - (waited := time.monotonic() - began)) > 0:
+        if not wait(calls.values(), timeout=min(POLL_SECONDS, left)).not_done:
+            break
+        if waited > check_after:
+            check()
+        if time.monotonic() - looked > GONE_SECONDS:
+            with suppress(WorkerLostError):  # of a scheduler that is silent itself
+                there = living_workers(client, max(0.0, began + seconds - time.monotonic()))
+                for address in [address for address, call in calls.items() if address not in there and not call.done()]:
+                    calls.pop(address).cancel()
+            looked = time.monotonic()
 
 
 def scheduler_gone(reason: object) -> WorkerLostError:

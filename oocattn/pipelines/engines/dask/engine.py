@@ -13,7 +13,6 @@ import uuid
 from asyncio import CancelledError
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
-from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -42,6 +41,7 @@ from oocattn.pipelines.engines.dask.beats import LaneBeats
 from oocattn.pipelines.engines.dask.cluster import (
     answer,
     assign_devices,
+    await_answers,
     begin,
     check_scheduler,
     is_in_process,
@@ -74,7 +74,6 @@ Key = tuple[str, int, int]
 """A task's key at the scheduler: group (step and run), head group, index."""
 
 PAUSE_SECONDS = 0.05  # between two looks at whether tasks still execute
-GONE_SECONDS = 1.0  # between two looks at whether workers that have not answered are still there
 IMPORT = "__import__('oocattn.pipelines.engines.dask.readiness')"
 """What a worker that has joined evaluates before lanes stop for it: PyTorch takes seconds."""
 
@@ -264,19 +263,10 @@ class DaskLanes(Lanes):
 
         calls = {address: begin(self._client, partial(ask, address)) for address in workers}
         expected_calls = {address: call for address, call in calls.items() if address not in self._silent}
-        self._drop_gone(expected_calls, seconds)
+        await_answers(self._client, expected_calls, seconds)
         found = collect_answers(expected_calls, 0.0, consequence)
         self._silent |= calls.keys() - found.keys()
         return list(found.values())
-
-    def _drop_gone(self, calls: dict[str, CallFuture[int]], seconds: float) -> None:
-        """Wait for answers, but not of workers that are gone: for 30 s a scheduler would try to reach them."""
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and wait(calls.values(), timeout=min(GONE_SECONDS, left)).not_done:
-            with suppress(WorkerLostError):  # of a scheduler that is silent itself
-                there = living_workers(self._client, max(0.0, until - time.monotonic()))
-                for address in [address for address, call in calls.items() if address not in there and not call.done()]:
-                    calls.pop(address).cancel()
 
     def _living_workers(self, seconds: float) -> list[str]:
         """The workers still there; none without a scheduler, or in a fork."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ from oocattn.pipelines.engines.base import Check
 from oocattn.pipelines.engines.dask.cluster import (
     ANSWER_SECONDS,
     LEAST_ANSWER_SECONDS,
+    POLL_SECONDS,
+    await_answers,
     begin,
     living_workers,
     wait_for_first,
@@ -43,7 +45,6 @@ from oocattn.text import MOST_SHOWN, some_of
 from oocattn.units import format_seconds
 
 MOST_NAMED = 20  # workers with the same fault
-POLL_SECONDS = 0.2  # seconds between checks while answers are awaited
 
 logger = logging.getLogger("oocattn")
 
@@ -164,24 +165,23 @@ def _describe_silence(answer: object) -> str:
 def _ask(
     client: Client, workers: Sequence[str], check: Check, function: Callable[..., Any], *arguments: object
 ) -> dict[str, Any]:
-    """A function's result, or error, on each worker; TimeoutError where one is silent."""
-    if not workers:
-        return {}
+    """A function's result, or error, on each worker that is still there; TimeoutError where one is silent."""
 
-    def run(addresses: Sequence[str]) -> Any:
-        return _call(client, lambda: client.run(function, *arguments, workers=list(addresses), on_error="return"), check)
+    async def ask(address: str) -> Any:
+        return (await client.run(function, *arguments, workers=[address], on_error="return"))[address]
 
-    answers = run(workers)
-    if isinstance(answers, TimeoutError):  # of some, perhaps: the others are asked again
-        pings = {address: begin(client, partial(client.run, int, workers=[address])) for address in workers}
-        wait(pings.values(), timeout=LEAST_ANSWER_SECONDS)
-        awake = [address for address, ping in pings.items() if ping.done()]
-        answers = run(awake) if awake else {}
-    if isinstance(answers, BaseException):
-        raise WorkerLostError(f"the workers cannot be asked ({answers}); check the scheduler and try again") from answers
-    silent = dict.fromkeys(set(workers) - answers.keys(), TimeoutError())
-    there = living_workers(client)
-    return {address: answer for address, answer in {**answers, **silent}.items() if address in there}
+    calls = {address: begin(client, partial(ask, address)) for address in workers}
+    await_answers(client, calls, ANSWER_SECONDS, check, LEAST_ANSWER_SECONDS)
+    there = living_workers(client) if calls else []
+    return {address: _answer_of(call) for address, call in calls.items() if address in there}
+
+
+def _answer_of(call: Future[Any]) -> Any:
+    """A call's result or error; TimeoutError of one that has not ended, which is called off."""
+    if not call.done():
+        call.cancel()
+        return TimeoutError()
+    return call.exception() or call.result()
 
 
 def _call(client: Client, call: Callable[[], Any], check: Check) -> Any:
@@ -189,8 +189,7 @@ def _call(client: Client, call: Callable[[], Any], check: Check) -> Any:
     called, start = begin(client, call), clock.now()
     while not wait([called], timeout=POLL_SECONDS).done:
         if (waited := clock.now() - start) > ANSWER_SECONDS:
-            called.cancel()
-            return TimeoutError()
-        if waited > LEAST_ANSWER_SECONDS:  # they have that also where a time limit has passed
+            break
+        if waited > LEAST_ANSWER_SECONDS:  # it has that also where a time limit has passed
             check()
-    return called.exception() or called.result()
+    return _answer_of(called)
