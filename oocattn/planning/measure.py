@@ -117,7 +117,7 @@ def describe_hardware(
 
 def _max_keys(name: str, problem: Problem) -> int:
     """The most keys of a call of a kernel."""
-    square = problem.queries == problem.keys and all(mask.is_simple for mask in problem.masks)
+    square = problem.out_rows == problem.keys and all(mask.is_simple for mask in problem.masks)
     return get_kernel(name).max_keys if square else get_kernel(name).max_masked_keys
 
 

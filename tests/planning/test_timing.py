@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from support import normal_arrays, write_dataset
 
@@ -149,3 +151,18 @@ def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, 
     assert plans[0].digest == plans[1].digest
     assert [plan.machine.read_rate for plan in plans] == [0.8 * 2.0**30, 1.2 * 2.0**30]
     assert plans[0].seconds > plans[1].seconds
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [({}, False), ({"causal": True}, False), ({"queries": slice(1 << 19, (1 << 19) + 1024)}, True)],
+)
+def test_a_gpu_is_given_more_keys_a_call_where_few_rows_attend_them(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], more: bool
+) -> None:
+    monkeypatch.setattr(measure, "_choose_kernel", lambda *_: ("cuda", "hopper"))
+    monkeypatch.setattr(measure, "_gpu_rate", lambda *_: (1e14, 0))
+    monkeypatch.setattr(measure, "count_lanes", lambda _: 1)
+    tensors = {name: np.zeros((1, 1, 1 << 20, 8), np.float16) for name in "qkv"}
+    plan = oocattn.plan(tensors, device_memory="4GiB", **asked)
+    assert (plan.tiles.key > 1 << 16) == more
