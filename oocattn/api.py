@@ -96,7 +96,8 @@ def plan(
     kernels that round softmax weights to 16 bits: `out` is then off by a few 1e-6 before it is rounded to `dtype`.
     `checkpoint_interval` is what a kill may cost, in seconds or like "5m" (default: a minute; 0: no checkpoints, only
     finished query chunks are kept). `engine` is what will run the tasks: they cost more on Dask. `lanes` is the number
-    of workers that will share the run (default: one, or one for each GPU); `result` tells on which file system partials
+    of workers of this machine that will share the run (default: one, or one for each GPU); where a small budget would have
+    all of them read more, the plan has fewer lanes on a CPU. `result` tells on which file system partials
     would lie, and whether chunks are sent to a store, which takes memory. `storage_options` are fsspec's for inputs
     behind URLs (docs/remote.md), and are recorded nowhere.
 

@@ -6,7 +6,6 @@ Python joins the threads of its own pools at exit, and would wait without end as
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 import time
 import weakref
@@ -25,12 +24,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _Call = tuple[Future[Any], Callable[[], Any]]
-
-
-def count_cores() -> int:
-    """The cores that this process may use."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return found or 1
 
 
 def begin_call(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> Future[T]:

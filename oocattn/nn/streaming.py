@@ -135,7 +135,7 @@ def _run(problem: Problem, dataset: Dataset, device_memory: int | None, host: in
     """Run the problem to a result in one of the folders."""
     workplace, chosen = Workplace("inline", None, DASHBOARD), [on_disk]
 
-    def decide(lanes: int, _: int) -> Plan:
+    def decide(lanes: int, *_: object) -> Plan:
         def plan(budget: int, folder: Path) -> Plan:
             device = device_memory if torch.cuda.is_available() else None
             choices = Choices(device, budget, checkpoint_seconds=0.0)  # nobody resumes it

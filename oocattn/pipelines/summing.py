@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from oocattn.cores import count_cores
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.kernels.reductions import reductions_of
 from oocattn.kernels.reductions.base import Float64s, KeyReduction
@@ -30,7 +31,7 @@ from oocattn.storage.layout import chunk_bytes
 from oocattn.storage.make.create import OwnStore, create_array, out_dimensions, sync_metadata, write_chunk
 from oocattn.storage.metadata import open_array
 from oocattn.storage.results.arrays import ChunkFiles
-from oocattn.threads import ThreadPool, count_cores, map_in_order
+from oocattn.threads import ThreadPool, map_in_order
 from oocattn.units import ceil_div
 
 MOST_IN_CHUNKS = 1 << 18

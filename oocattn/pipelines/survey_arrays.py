@@ -15,6 +15,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from oocattn.cores import count_cores
 from oocattn.errors import IntegrityError
 from oocattn.kernels.reductions import make_reduction
 from oocattn.kernels.reductions.base import RowReduction
@@ -34,7 +35,7 @@ from oocattn.storage.mapped_store import MappedStore
 from oocattn.storage.metadata import open_array
 from oocattn.storage.results.added import Added
 from oocattn.storage.results.rows import RowReader
-from oocattn.threads import ThreadPool, count_cores, map_in_order
+from oocattn.threads import ThreadPool, map_in_order
 from oocattn.units import ceil_div
 
 FAR_FROM_1 = 0.02

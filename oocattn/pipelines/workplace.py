@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from oocattn import clock
+from oocattn.cores import Cores
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
 from oocattn.naming import named
@@ -58,13 +59,14 @@ class Workplace:
         self,
         problem: Problem,
         kernel: str | None,
-        decide: Callable[[int, int], Plan],
+        decide: Callable[[int, int, Cores | None], Plan],
         until: float,
         *,
         precise: bool = False,
     ) -> Iterator[tuple[Engine, Plan]]:
         """Have an engine while inside, and the plan that `decide` makes for so many lanes, at most so many on a machine.
 
+        It is also given the cores of such a machine; None stands for those of this process.
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
         if self.client is not None:
@@ -80,7 +82,7 @@ class Workplace:
             open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)
-            plan = decide(lanes, lanes)
+            plan = decide(lanes, lanes, None)
             rehearsed = beside.submit(rehearse, plan)
             with open_engine(min(plan.lanes, lanes)) as engine:  # the plan may be of another machine
                 rehearsed.result()
@@ -97,9 +99,9 @@ class Workplace:
         return partial(local_engine, self.dashboard_address)
 
 
-def _count_workers(client: Client, until: float) -> tuple[int, int]:
-    """How many workers a client has, and the most of them on one machine, after waiting for a first one."""
-    from oocattn.pipelines.engines.dask.cluster import host_of, wait_for_first, worker_addresses
+def _count_workers(client: Client, until: float) -> tuple[int, int, Cores | None]:
+    """How many workers a client has, the most on one machine, and what cores they have, after waiting for a first one."""
+    from oocattn.pipelines.engines.dask.cluster import find_cores, host_of, wait_for_first, worker_addresses
     from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
     def check() -> None:
@@ -108,5 +110,6 @@ def _count_workers(client: Client, until: float) -> tuple[int, int]:
 
     refuse_own_thread(client)
     wait_for_first(client, check)
-    hosts = Counter(map(host_of, worker_addresses(client)))
-    return hosts.total(), max(hosts.values(), default=0)
+    workers = worker_addresses(client)
+    hosts = Counter(map(host_of, workers))
+    return len(workers), max(hosts.values(), default=0), find_cores(client, workers)

@@ -60,6 +60,7 @@ def make_plan(
     preferred: str | None = None,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     to_store: bool = False,
+    explain: bool = True,
 ) -> Plan:
     """Choose the division, tiles and place of partials that finish soonest.
 
@@ -67,12 +68,12 @@ def make_plan(
     keeps partials in memory and takes at most a quarter longer. Where the budgets leave a choice, a kill costs no more than
     `checkpoint_seconds` (0: whatever it costs). `to_store` says that the result is sent to a store, which takes memory.
     Raises ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works and what
-    larger ones give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not.
+    larger ones give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not. Without
+    `explain` no budgets are looked for: there it is raised for every hopeless plan.
     """
-    limit = min(max(problem.out_rows, problem.keys), MAX_CHUNKS)
     if decomposition not in DECOMPOSITIONS:
         raise ProblemError(f"{as_given('decomposition', decomposition)}: expected one of {', '.join(DECOMPOSITIONS)}")
-    if chunks is not None and not 1 <= chunks <= limit:
+    if chunks is not None and not (limit := min(max(problem.out_rows, problem.keys), MAX_CHUNKS)) >= chunks >= 1:
         raise ProblemError(f"{as_given('chunks', chunks)}: expected 1 to {limit:,} for {problem.keys:,} keys")
     candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
 
@@ -80,10 +81,11 @@ def make_plan(
         given = problem, hardware, inputs, device, host, checkpoint_seconds
         return _cost_all(candidates, lambda each: cost(each, *given, to_store=to_store))
 
-    plans = cost_all(device_memory, host_memory)
-    chosen = _choose(plans)
+    chosen = _choose(plans := cost_all(device_memory, host_memory))
     if chosen is not None and not is_hopeless(chosen):
         return _preferred(plans, chosen, preferred)
+    if not explain:
+        raise BudgetError("these budgets are too small for a plan that computes most of the time")
 
     def plan_with(name: BudgetName, budget: int) -> Plan | None:
         budgets = (budget, host_memory) if name == "device" else (device_memory, budget)

@@ -126,7 +126,8 @@ class _Run:
         if self.hardware.device == "cpu":
             written = self._handed_back if self.candidate.partials == "disk" else 0  # by the thread that attends
             waiting = TASK_SHARE * (self._scheduling_seconds + self._byte_seconds) + self._python_seconds
-            compute += (waiting + written * self.hardware.file_seconds) / self.hardware.lanes
+            at_once = self.hardware.lanes * min(1.0, self.hardware.lane_cores)
+            compute += (waiting + written * self.hardware.file_seconds) / at_once
         last_files = (self._last_share * self._chunk_files + RUN_FILES) * self.hardware.file_seconds
         files = seconds["write"] + seconds["files"] - last_files  # that are written while others compute
         longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], files)

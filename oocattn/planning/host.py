@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from oocattn.cores import CONTROL_GROUP
 from oocattn.errors import IntegrityError
 from oocattn.planning.machine import FILE_SECONDS, Hardware
 from oocattn.planning.memory import PAGE
@@ -22,9 +23,6 @@ from oocattn.storage.files.durable import write_durably
 from oocattn.storage.files.operations import name_failure
 
 UNKNOWN_DISK = 1 << 60  # free bytes of a file system that does not say how many it has
-
-CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where Linux says what the control group of this process may use, of version 2 or 1."""
 
 FILE_MOMENT, MOST_FILES = 0.1, 16
 """Seconds after which no more files are written to measure what one costs, and how many at most."""
@@ -73,9 +71,10 @@ def round_to_power(found: float) -> float:
 
 def round_rates(hardware: Hardware) -> Hardware:
     """With what was measured to powers of two, for the choice of a plan: the same conditions make the same one."""
+    cores = hardware.lane_cores if hardware.device == "cpu" else 1.0  # so that rates of lanes are as their cores
     return replace(
         hardware,
-        kernel_flops=round_to_power(hardware.kernel_flops),
+        kernel_flops=cores * round_to_power(hardware.kernel_flops / cores),
         read_rate=round_to_power(hardware.read_rate),
         reread_rate=round_to_power(hardware.reread_rate),
         file_seconds=round_to_power(hardware.file_seconds),

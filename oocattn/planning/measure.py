@@ -11,17 +11,18 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
+from oocattn.cores import Cores, usable_cores
 from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
-from oocattn.kernels.cuda.device import launcher, release_cached_memory
+from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
@@ -39,6 +40,7 @@ from oocattn.planning.options import CHECKPOINT_SECONDS
 from oocattn.planning.plan import Plan
 from oocattn.planning.reading import input_cost, sample_rate
 from oocattn.planning.recosting import recost
+from oocattn.planning.sharing import cores_of_lanes, lane_threads, share_machine, with_lanes
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
 from oocattn.problem.scores import Scores
@@ -73,26 +75,25 @@ def describe_hardware(
     engine: Engine,
     precise: bool = False,
     machine_lanes: int = 0,
+    cores: Cores | None = None,
 ) -> Hardware:
     """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
-    `kernel` pins one (default: the best for device and dtype), `lanes` is the number of workers (default: one, or one for
-    each GPU), of which at most `machine_lanes` (0: all) share a machine's cores; machines are taken to be like this one.
-    `MAX_LANES` of them take part at most. `scratch` is the folder whose file
-    system takes the partials, and `engine` carries the tasks out; `precise` leaves out kernels that round softmax weights to
-    16 bits. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and where computing would
-    never end, as in a fork.
+    `kernel` pins one (default: the best for device and dtype); `precise` leaves out those that round softmax weights to 16
+    bits. `lanes` are workers, `MAX_LANES` at most (default: one, or one for each GPU). At most `machine_lanes` of them (0:
+    all) share a machine's `cores` (default: as here). `scratch` is the folder whose file system takes the partials, `engine`
+    carries the tasks out. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and in a fork.
     """
     device, name = _choose_kernel(problem, kernel, precise)
     lanes = min(lanes or count_lanes(kernel), MAX_LANES)
-    machine_lanes = machine_lanes if machine_lanes < lanes else 0
-    threads = max(1, torch.get_num_threads() // (machine_lanes or lanes))
+    sharing = min(lanes, machine_lanes or lanes)
     refuse_lost_threads()
     if device == "cpu":
-        flops, half_rate_rows, measuring_bytes = kernel_rate(name, Sample.of(problem)), 256, 0
-        flops *= threads / torch.get_num_threads()
+        of_machine = _cores(cores, sharing)
+        threads, half_rate_rows, measuring_bytes = lane_threads(of_machine, sharing), 256, 0
+        flops = kernel_rate(name, Sample.of(problem)) / torch.get_num_threads() * min(threads, of_machine.machine / sharing)
     else:
-        half_rate_rows = 2048
+        threads, half_rate_rows = max(1, torch.get_num_threads() // sharing), 2048
         flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
     found = sample_rate(dataset)
     return Hardware(
@@ -104,8 +105,9 @@ def describe_hardware(
         max_keys=_max_keys(name, problem),
         rounds_weights=rounds_weights(name),
         lanes=lanes,
-        machine_lanes=machine_lanes,
+        machine_lanes=sharing if sharing < lanes else 0,
         threads=threads,
+        cores=of_machine.machine if device == "cpu" else 0,
         read_rate=found,
         reread_rate=reread_rate(problem.input_bytes, int(psutil.virtual_memory().available), found),
         task_seconds=TASK_SECONDS[engine],
@@ -113,6 +115,11 @@ def describe_hardware(
         measuring_bytes=measuring_bytes,
         scratch_disk=UNKNOWN_DISK if scratch is None else free_disk(scratch),
     )
+
+
+def _cores(found: Cores | None, workers: int) -> Cores:
+    """The cores of a machine of so many workers: those `found` there, else as many as here."""
+    return cores_of_lanes(found, usable_cores().at_once, torch.get_num_threads(), workers)
 
 
 def _max_keys(name: str, problem: Problem) -> int:
@@ -143,33 +150,25 @@ def plan_here(
     engine: Engine,
     *,
     machine_lanes: int = 0,
+    cores: Cores | None = None,
     to_store: bool = False,
 ) -> Plan:
     """Measure this machine and plan for an engine; partials would lie in the folder `scratch`, the result in a store.
 
+    `lanes`, `machine_lanes` and `cores` are those of `describe_hardware`; small budgets leave some of the lanes out.
     Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
     """
     if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
-    hardware = describe_hardware(
-        dataset,
-        problem,
-        kernel=choices.kernel,
-        precise=choices.precise,
-        lanes=lanes,
-        scratch=scratch,
-        engine=engine,
-        machine_lanes=machine_lanes,
-    )
+    of_lanes: Any = {"lanes": lanes, "machine_lanes": machine_lanes, "cores": cores, "engine": engine, "scratch": scratch}
+    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, precise=choices.precise, **of_lanes)
     device_memory = choices.device_memory
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.sharing_lanes)
     host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
-    chosen = make_plan(
+    make = partial(
+        make_plan,
         problem,
-        round_rates(hardware),
-        device_memory=device_memory,
-        host_memory=host_memory,
         inputs=input_cost(dataset, problem, host_memory),
         chunks=choices.chunks,
         decomposition=choices.decomposition,
@@ -177,6 +176,9 @@ def plan_here(
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
         to_store=to_store,
     )
+    budgets = device_memory, host_memory
+    chosen = share_machine(round_rates(hardware), _cores(cores, hardware.sharing_lanes), budgets, make)
+    hardware = with_lanes(hardware, chosen.machine)
     plan = recost(replace(chosen, machine=hardware.machine), hardware.scratch_bytes)
     warning = overhead_warning(plan, hardware)
     if warning is not None:
@@ -343,9 +345,3 @@ def copy_rates(index: int) -> tuple[float, float]:
         return COPY_BYTES / _seconds(lambda: into.copy_(source, non_blocking=True), device)
 
     return rate(there, host), rate(host, there)
-
-
-def default_device_memory(lanes: int) -> int:
-    """Half of the memory that is free now on the fullest GPU, in bytes, for each GPU that the lanes are on."""
-    gpus = torch.cuda.device_count()
-    return min(lanes, gpus) * min(torch.cuda.mem_get_info(index)[0] for index in range(gpus)) // 2

@@ -109,7 +109,9 @@ class Plan(Shown):
 
     @property
     def most_sharing_lanes(self) -> int:
-        """The most lanes on one machine that its budgets have room for."""
+        """The most lanes that take part on one machine: as planned where workers are left out, else as budgets have room."""
+        if self.machine.most_lanes:
+            return self.machine.most_lanes
         peaks = ((self.peak_device, self.device_memory), (self.peak_host, self.host_memory))
         room = (self.sharing_lanes * budget // peak for peak, budget in peaks if peak)
         return max(self.sharing_lanes, min(room, default=MAX_LANES))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from oocattn.threads import count_cores
+from oocattn.cores import count_cores
 
 _TASKS = Path("/proc/self/task")
 

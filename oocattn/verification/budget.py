@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+from oocattn.cores import count_cores
 from oocattn.errors import BudgetError
 from oocattn.naming import named
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.checksums import Checksums
 from oocattn.storage.results.rows import RowReader
-from oocattn.threads import count_cores
 from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, Sizes
 from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared

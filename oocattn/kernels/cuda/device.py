@@ -80,3 +80,9 @@ def _shared_segments(sizes: list[int]) -> int:
     if not sizes:
         return 0
     return min(ceil_div(len(sizes), 2), ceil_div(sum(sizes), 20 * _MIB - max(sizes)))
+
+
+def default_device_memory(lanes: int) -> int:
+    """Half of the memory that is free now on the fullest GPU, in bytes, for each GPU that the lanes are on."""
+    gpus = torch.cuda.device_count()
+    return min(lanes, gpus) * min(torch.cuda.mem_get_info(index)[0] for index in range(gpus)) // 2

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from oocattn import clock
+from oocattn.cores import count_cores
 from oocattn.errors import IntegrityError, LockedError, OocattnError
 from oocattn.pipelines.run import Run
 from oocattn.pipelines.watch.attempts import (
@@ -55,7 +56,6 @@ from oocattn.storage.files.folders import remove_file
 from oocattn.storage.journal.claims import Holder
 from oocattn.storage.paths import ATTEMPTS
 from oocattn.text import printable
-from oocattn.threads import count_cores
 from oocattn.units import format_bytes
 from oocattn.version import versions
 

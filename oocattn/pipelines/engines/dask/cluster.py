@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -18,12 +19,14 @@ from urllib.parse import urlsplit
 import torch
 from distributed import Client, fire_and_forget
 
+from oocattn.cores import Cores, UsableCores, shared_cores
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.naming import setting
 from oocattn.pipelines.engines.base import Check
 from oocattn.units import format_seconds
 
 ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs, must answer
+CORES_SECONDS = 10.0  # in which workers say which cores they may use
 LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
 POLL_SECONDS = 0.2  # between checks while answers are awaited
 GONE_SECONDS = 1.0  # between two looks at whether workers that have not answered are still there
@@ -31,6 +34,9 @@ FIRST_WORKER_SECONDS = 60.0  # for which a run waits for a first worker
 KEEPING_SECONDS = 5.0  # for which tasks keep a worker of an adaptive cluster until it has work
 KEPT_AGAIN_SECONDS = 4.0  # after which it has others
 KEPT_SECONDS = 0.2  # of each of them: for so long the only thread of a worker may not be free
+
+_CORES = "tuple(__import__('oocattn.cores').cores.usable_cores())"
+"""What a worker evaluates: one without this package fails, and is told of later."""
 
 logger = logging.getLogger("oocattn")
 
@@ -105,6 +111,25 @@ def is_in_process(address: str) -> bool:
 def host_of(address: str) -> str:
     """The machine of a worker, as far as its address tells: containers and namespaces with their own are machines too."""
     return urlsplit(address).hostname or address
+
+
+def find_cores(client: Client, workers: Sequence[str]) -> Cores | None:
+    """The cores of the machine with most of these workers, and those that each of all workers may use at least.
+
+    None where they are threads of this process, or none of them says it in time: the run then asks them all again.
+    """
+    others = [address for address in workers if not is_in_process(address)]
+    found: dict[str, UsableCores] = {}
+    if others:
+        with suppress(OSError, RuntimeError, TimeoutError, ValueError):
+            asked = partial(client.run, eval, _CORES, workers=others, on_error="return")
+            answers = answer(client, asked, CORES_SECONDS)
+            found = {address: UsableCores(*each) for address, each in answers.items() if not isinstance(each, BaseException)}
+    if not found:
+        return None
+    host, _ = Counter(map(host_of, found)).most_common(1)[0]
+    there = shared_cores(each for address, each in found.items() if host_of(address) == host)
+    return Cores(there.machine, min(each.at_once for each in found.values()))
 
 
 def room_on(taken: Iterable[str], most: int) -> Callable[[str], bool]:

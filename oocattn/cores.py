@@ -1,0 +1,79 @@
+"""The cores that this process may use, and those that the lanes of a machine may."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what the control group of this process may use, of version 2 or 1."""
+
+_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+_SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
+
+class Cores(NamedTuple):
+    """How many cores the lanes of a machine may use: all of them together, and each of them."""
+
+    machine: int
+    lane: int
+
+
+class UsableCores(NamedTuple):
+    """The cores that a process may use, by the numbers of their threads, and how many of them at a time."""
+
+    names: tuple[str, ...]
+    at_once: int
+
+
+def count_cores() -> int:
+    """The processors that this process may use; two that share a core count as two."""
+    return len(_processors())
+
+
+def usable_cores() -> UsableCores:
+    """The cores that this process may use: those of its processors, and no more at a time than its control group's quota.
+
+    Processors that share a core count as one: a kernel gains nothing by the second, and PyTorch has a thread for each core.
+    """
+    names = tuple(sorted({_siblings(processor) for processor in _processors()}))
+    return UsableCores(names, max(1, math.ceil(min(len(names), _quota()))))
+
+
+def shared_cores(found: Iterable[UsableCores]) -> Cores:
+    """The cores of lanes on one machine, whose processes may use these.
+
+    Processes that may use the same cores are taken to share a quota as well.
+    """
+    together: dict[tuple[str, ...], int] = {}
+    for names, at_once in found:
+        together[names] = min(at_once, together.get(names, at_once))
+    different = {name for names in together for name in names}
+    return Cores(min(len(different), sum(together.values())), min(together.values()))
+
+
+def _processors() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _siblings(processor: int) -> str:
+    """The processors that share a core with this one; itself where the system does not say."""
+    with suppress(OSError):
+        return Path(_SIBLINGS.format(processor)).read_text().strip()
+    return str(processor)
+
+
+def _quota() -> float:
+    """The cores that the control group of this process may use at a time; inf without a limit."""
+    for names in _QUOTAS:
+        with suppress(OSError, ValueError):  # "max" is none
+            quota, period = " ".join((CONTROL_GROUP / name).read_text() for name in names).split()
+            if int(quota) > 0 and int(period) > 0:
+                return int(quota) / int(period)
+    return math.inf
