@@ -37,7 +37,7 @@ from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
-from oocattn.pipelines.lane.undisturbed import hold_undisturbed
+from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.watch.events import Attended, Resource
 from oocattn.planning.memory import FINALISED_ROWS, PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
@@ -70,7 +70,6 @@ class CudaDevice:
     cores: int | None = 1  # of all GPUs together there are dozens of threads that finish chunks, on the cores that launch
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
-        self._end_undisturbed = hold_undisturbed(self)
         self._device = torch.device(name)
         self._plan = plan
         self._operation = operation
@@ -89,6 +88,7 @@ class CudaDevice:
         self._coming_back: deque[tuple[_Launch, int, torch.cuda.Event, SummedBlock | None]] = deque()
         """Query chunks in flight, the event after which each is on the host, and what is summed over its rows."""
         self._handing_over = threading.Lock()
+        self._end_short_interval = hold_short_interval(self)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         with torch.cuda.device(self._device):
@@ -124,7 +124,7 @@ class CudaDevice:
         self._health.step()
 
     def close(self) -> None:
-        self._end_undisturbed()
+        self._end_short_interval()
         try:
             for stream in (self._copy, self._compute, self._back, self._merge_stream):
                 stream.synchronize()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import subprocess
 import sys
 import threading
 import weakref
@@ -22,7 +21,7 @@ from support import normal_arrays, plan_for, replanned, run_of, write_dataset
 
 from oocattn import BudgetError, Plan
 from oocattn.operations import forward
-from oocattn.pipelines.lane import cuda, cuda_memory, undisturbed
+from oocattn.pipelines.lane import cuda, cuda_memory, switching
 from oocattn.pipelines.lane.cpu import CpuDevice
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import HostMemory
@@ -258,9 +257,9 @@ def test_the_switch_interval_is_put_back_with_the_last_lane(
 ) -> None:
     pretend.pretend_a_gpu(monkeypatch)
     lanes = [lane_of(fast_path / name, "cuda:0") for name in ("first", "second")]
-    assert sys.getswitchinterval() == pytest.approx(undisturbed.SWITCH_SECONDS)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     lanes[order[0]].close()
-    assert sys.getswitchinterval() == pytest.approx(undisturbed.SWITCH_SECONDS)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     lanes[order[1]].close()
     lanes[order[1]].close()  # says nothing more
     assert sys.getswitchinterval() == python_interval
@@ -272,62 +271,18 @@ class Owner:
 
 def test_the_switch_interval_is_put_back_where_nobody_closed(python_interval: float) -> None:
     owner = Owner()
-    undisturbed.hold_undisturbed(owner)
-    assert sys.getswitchinterval() == pytest.approx(undisturbed.SWITCH_SECONDS)
+    switching.hold_short_interval(owner)
+    assert sys.getswitchinterval() == pytest.approx(switching.SWITCH_SECONDS)
     del owner
     assert sys.getswitchinterval() == python_interval
 
 
 def test_a_switch_interval_that_the_caller_sets_meanwhile_stays(python_interval: float) -> None:
     owner = Owner()
-    end = undisturbed.hold_undisturbed(owner)
+    end = switching.hold_short_interval(owner)
     sys.setswitchinterval(0.02)
     end()
     assert sys.getswitchinterval() == pytest.approx(0.02)
-
-
-@pytest.fixture
-def nothing_frozen() -> Iterator[None]:
-    gc.unfreeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("nothing_frozen")
-def test_what_there_is_is_not_searched_for_garbage_while_there_is_a_lane() -> None:
-    cycle: list[object] = []
-    cycle.append(cycle)
-    first, second = Owner(), Owner()
-    end_first, end_second = undisturbed.hold_undisturbed(first), undisturbed.hold_undisturbed(second)
-    assert not any(each is cycle for each in gc.get_objects())
-    end_first()
-    assert gc.get_freeze_count() > 0
-    end_second()
-    assert gc.get_freeze_count() == 0
-    assert any(each is cycle for each in gc.get_objects())
-
-
-def test_what_python_freezes_at_its_start_does_not_keep_the_rest_from_it() -> None:
-    program = (
-        "import gc; from oocattn.pipelines.lane.undisturbed import hold_undisturbed; before = gc.get_freeze_count(); "
-        "hold_undisturbed(gc.freeze); assert gc.get_freeze_count() > before + 10_000, (before, gc.get_freeze_count())"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["before", "meanwhile"])
-@pytest.mark.usefixtures("nothing_frozen")
-def test_what_the_caller_froze_stays_frozen(before: bool) -> None:
-    owner = Owner()
-    if before:
-        gc.freeze()
-    end = undisturbed.hold_undisturbed(owner)
-    if not before:
-        made = [[] for _ in range(1000)]
-        gc.freeze()
-        assert made
-    end()
-    assert gc.get_freeze_count() > 0
 
 
 @pytest.mark.parametrize("microseconds", [1, 100, 499, 1001, 7003])
@@ -336,7 +291,7 @@ def test_any_switch_interval_is_put_back_to_the_microsecond(microseconds: int) -
     """Python says that 100 microseconds are 9.999e-5 seconds, and would make 99 of those."""
     sys.setswitchinterval(microseconds * 1e-6 + 1e-7)
     before, owner = sys.getswitchinterval(), Owner()
-    end = undisturbed.hold_undisturbed(owner)
+    end = switching.hold_short_interval(owner)
     assert sys.getswitchinterval() <= before
     end()
     assert sys.getswitchinterval() == before
