@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -17,17 +17,26 @@ _SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 class Cores(NamedTuple):
-    """How many cores the lanes of a machine may use: all of them together, and each of them."""
+    """How many cores the lanes of a machine may use: all of them together, and each of them.
+
+    `memory` is what the process of a lane may still take of host memory, in bytes, at least.
+    """
 
     machine: int
     lane: int
+    memory: float = math.inf
 
 
 class UsableCores(NamedTuple):
-    """The cores that a process may use, by the numbers of their threads, and how many of them at a time."""
+    """The cores that a process may use, by the numbers of their threads, and how many at a time; `memory` as above."""
 
     names: tuple[str, ...]
     at_once: int
+    memory: float = math.inf
+
+
+FindCores = Callable[[], Cores | None]
+"""Finds the cores of a machine with workers; None stands for those of this process."""
 
 
 def count_cores() -> int:
@@ -49,11 +58,12 @@ def shared_cores(found: Iterable[UsableCores]) -> Cores:
 
     Processes that may use the same cores are taken to share a quota as well.
     """
-    together: dict[tuple[str, ...], int] = {}
-    for names, at_once in found:
+    together, memory = dict[tuple[str, ...], int](), math.inf
+    for names, at_once, left in found:
         together[names] = min(at_once, together.get(names, at_once))
+        memory = min(memory, left)
     different = {name for names in together for name in names}
-    return Cores(min(len(different), sum(together.values())), min(together.values()))
+    return Cores(min(len(different), sum(together.values())), min(together.values()), memory)
 
 
 def _processors() -> list[int]:

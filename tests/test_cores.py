@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from oocattn import cores
-from oocattn.cores import UsableCores, shared_cores, usable_cores
+from oocattn.cores import Cores, UsableCores, shared_cores, usable_cores
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_processors_that_share_a_core_count_as_one(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores().at_once == 4
     monkeypatch.setattr(cores, "_processors", lambda: [1, 5, 2])
-    assert usable_cores() == (("1,5", "2,6"), 2)
+    assert usable_cores() == UsableCores(("1,5", "2,6"), 2)
 
 
 def test_where_the_system_does_not_say_each_processor_is_a_core(machine: Path) -> None:
@@ -57,7 +57,8 @@ def test_a_quota_bounds_the_cores(machine: Path, files: dict[str, str], expected
 
 def test_processes_share_the_cores_that_they_have_in_common() -> None:
     everything = tuple("abcd")
-    assert shared_cores([UsableCores(everything, 4)] * 8) == (4, 4)
-    assert shared_cores([UsableCores(everything, 2)] * 8) == (2, 2)  # a quota is that of all
-    assert shared_cores([UsableCores((name,), 1) for name in everything]) == (4, 1)
-    assert shared_cores([UsableCores(("a", "b"), 2), UsableCores(("b", "c", "d"), 3)]) == (4, 2)
+    assert shared_cores([UsableCores(everything, 4)] * 8) == Cores(4, 4)
+    assert shared_cores([UsableCores(everything, 2)] * 8) == Cores(2, 2)  # a quota is that of all
+    assert shared_cores([UsableCores((name,), 1) for name in everything]) == Cores(4, 1)
+    assert shared_cores([UsableCores(("a", "b"), 2), UsableCores(("b", "c", "d"), 3)]) == Cores(4, 2)
+    assert shared_cores([UsableCores(everything, 4, 5.0), UsableCores(everything, 4, 3.0)]) == Cores(4, 4, 3.0)

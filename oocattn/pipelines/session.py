@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from oocattn import clock
-from oocattn.cores import Cores
+from oocattn.cores import FindCores
 from oocattn.errors import ProblemError
 from oocattn.naming import by_face
 from oocattn.pipelines.again import how_to_pass
@@ -155,12 +155,12 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     if isinstance(found, Run):
         check_chosen(found, choices)
 
-    def decide(lanes: int, machine_lanes: int, cores: Cores | None) -> Plan:
+    def decide(lanes: int, machine_lanes: int, find_cores: FindCores) -> Plan:
         if isinstance(found, Run):
             return found.plan
         paths, to_store = request.paths, request.paths.stored is not None
         chosen = request.dataset, request.problem, choices, lanes, paths.state, workplace.engine
-        return plan_here(*chosen, machine_lanes=machine_lanes, cores=cores, to_store=to_store)
+        return plan_here(*chosen, machine_lanes=machine_lanes, find_cores=find_cores, to_store=to_store)
 
     kernel, precise = choices.kernel, choices.precise
     with workplace.prepare(request.problem, kernel, decide, until, precise=precise) as (engine, plan):

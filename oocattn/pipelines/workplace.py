@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from oocattn import clock
-from oocattn.cores import Cores
+from oocattn.cores import FindCores
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
 from oocattn.naming import named
@@ -59,14 +59,14 @@ class Workplace:
         self,
         problem: Problem,
         kernel: str | None,
-        decide: Callable[[int, int, Cores | None], Plan],
+        decide: Callable[[int, int, FindCores], Plan],
         until: float,
         *,
         precise: bool = False,
     ) -> Iterator[tuple[Engine, Plan]]:
         """Have an engine while inside, and the plan that `decide` makes for so many lanes, at most so many on a machine.
 
-        It is also given the cores of such a machine; None stands for those of this process.
+        It is also given what finds the cores of such a machine.
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
         if self.client is not None:
@@ -74,7 +74,7 @@ class Workplace:
             refuse_lost_threads()
             from oocattn.pipelines.engines.dask.engine import DaskEngine
 
-            yield DaskEngine(self.client), decide(*_count_workers(self.client, until))
+            yield DaskEngine(self.client), decide(*_look_at_workers(self.client, until))
             return
         refuse_lost_threads()
         with ThreadPool(1, "oocattn-prepare") as beside:
@@ -82,7 +82,7 @@ class Workplace:
             open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)
-            plan = decide(lanes, lanes, None)
+            plan = decide(lanes, lanes, lambda: None)
             rehearsed = beside.submit(rehearse, plan)
             with open_engine(min(plan.lanes, lanes)) as engine:  # the plan may be of another machine
                 rehearsed.result()
@@ -99,8 +99,8 @@ class Workplace:
         return partial(local_engine, self.dashboard_address)
 
 
-def _count_workers(client: Client, until: float) -> tuple[int, int, Cores | None]:
-    """How many workers a client has, the most on one machine, and what cores they have, after waiting for a first one."""
+def _look_at_workers(client: Client, until: float) -> tuple[int, int, FindCores]:
+    """How many workers a client has, the most on one machine, and what asks for their cores, after waiting for a first."""
     from oocattn.pipelines.engines.dask.cluster import find_cores, host_of, wait_for_first, worker_addresses
     from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
@@ -112,4 +112,4 @@ def _count_workers(client: Client, until: float) -> tuple[int, int, Cores | None
     wait_for_first(client, check)
     workers = worker_addresses(client)
     hosts = Counter(map(host_of, workers))
-    return len(workers), max(hosts.values(), default=0), find_cores(client, workers)
+    return len(workers), max(hosts.values(), default=0), lambda: find_cores(client, workers, check)

@@ -69,23 +69,21 @@ def make_plan(
     `checkpoint_seconds` (0: whatever it costs). `to_store` says that the result is sent to a store, which takes memory.
     Raises ProblemError for a choice that does not exist and BudgetError, naming the smallest budget that works and what
     larger ones give, where nothing fits, or only a hopeless plan does and a larger budget has one that is not. Without
-    `explain` no budgets are looked for: there it is raised for every hopeless plan.
+    `explain` no larger budgets are looked for: the error does not name any, and a hopeless plan is returned.
     """
-    if decomposition not in DECOMPOSITIONS:
-        raise ProblemError(f"{as_given('decomposition', decomposition)}: expected one of {', '.join(DECOMPOSITIONS)}")
-    if chunks is not None and not (limit := min(max(problem.out_rows, problem.keys), MAX_CHUNKS)) >= chunks >= 1:
-        raise ProblemError(f"{as_given('chunks', chunks)}: expected 1 to {limit:,} for {problem.keys:,} keys")
+    _check_choices(problem, chunks, decomposition)
     candidates = list(_candidates(problem, hardware.lanes, chunks, decomposition))
 
     def cost_all(device: int, host: int) -> list[Plan]:
         given = problem, hardware, inputs, device, host, checkpoint_seconds
         return _cost_all(candidates, lambda each: cost(each, *given, to_store=to_store))
 
-    chosen = _choose(plans := cost_all(device_memory, host_memory))
-    if chosen is not None and not is_hopeless(chosen):
+    plans = cost_all(device_memory, host_memory)
+    chosen = _choose(plans)
+    if chosen is not None and not (explain and is_hopeless(chosen)):
         return _preferred(plans, chosen, preferred)
     if not explain:
-        raise BudgetError("these budgets are too small for a plan that computes most of the time")
+        raise BudgetError("these budgets are too small for any plan")
 
     def plan_with(name: BudgetName, budget: int) -> Plan | None:
         budgets = (budget, host_memory) if name == "device" else (device_memory, budget)
@@ -98,6 +96,15 @@ def make_plan(
         raise refusal
     assert chosen is not None
     return chosen
+
+
+def _check_choices(problem: Problem, chunks: int | None, decomposition: str) -> None:
+    """Raise ProblemError for choices that do not exist."""
+    limit = min(max(problem.out_rows, problem.keys), MAX_CHUNKS)
+    if decomposition not in DECOMPOSITIONS:
+        raise ProblemError(f"{as_given('decomposition', decomposition)}: expected one of {', '.join(DECOMPOSITIONS)}")
+    if chunks is not None and not 1 <= chunks <= limit:
+        raise ProblemError(f"{as_given('chunks', chunks)}: expected 1 to {limit:,} for {problem.keys:,} keys")
 
 
 def overhead_warning(plan: Plan, hardware: Hardware) -> str | None:

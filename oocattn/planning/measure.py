@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from oocattn.cores import Cores, usable_cores
+from oocattn.cores import Cores, FindCores, usable_cores
 from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
@@ -70,30 +70,27 @@ def describe_hardware(
     problem: Problem,
     *,
     kernel: str | None,
-    lanes: int | None,
+    lanes: int,
     scratch: Path | None,
     engine: Engine,
-    precise: bool = False,
-    machine_lanes: int = 0,
-    cores: Cores | None = None,
+    precise: bool,
+    machine_lanes: int,
+    cores: Cores,
 ) -> Hardware:
     """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
     `kernel` pins one (default: the best for device and dtype); `precise` leaves out those that round softmax weights to 16
-    bits. `lanes` are workers, `MAX_LANES` at most (default: one, or one for each GPU). At most `machine_lanes` of them (0:
-    all) share a machine's `cores` (default: as here). `scratch` is the folder whose file system takes the partials, `engine`
-    carries the tasks out. Raises ProblemError for a kernel that is unknown or cannot serve the problem here, and in a fork.
+    bits. At most `machine_lanes` of the `lanes` share a machine, and on a CPU its `cores`. `scratch` is the folder whose
+    file system takes the partials, `engine` carries the tasks out. Raises ProblemError for a kernel that is unknown or
+    cannot serve the problem here, and in a fork.
     """
     device, name = _choose_kernel(problem, kernel, precise)
-    lanes = min(lanes or count_lanes(kernel), MAX_LANES)
-    sharing = min(lanes, machine_lanes or lanes)
     refuse_lost_threads()
     if device == "cpu":
-        of_machine = _cores(cores, sharing)
-        threads, half_rate_rows, measuring_bytes = lane_threads(of_machine, sharing), 256, 0
-        flops = kernel_rate(name, Sample.of(problem)) / torch.get_num_threads() * min(threads, of_machine.machine / sharing)
+        threads, half_rate_rows, measuring_bytes = lane_threads(cores, machine_lanes), 256, 0
+        flops = kernel_rate(name, Sample.of(problem)) / torch.get_num_threads() * min(threads, cores.machine / machine_lanes)
     else:
-        threads, half_rate_rows = max(1, torch.get_num_threads() // sharing), 2048
+        threads, half_rate_rows = max(1, torch.get_num_threads() // machine_lanes), 2048
         flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
     found = sample_rate(dataset)
     return Hardware(
@@ -105,9 +102,9 @@ def describe_hardware(
         max_keys=_max_keys(name, problem),
         rounds_weights=rounds_weights(name),
         lanes=lanes,
-        machine_lanes=sharing if sharing < lanes else 0,
+        machine_lanes=machine_lanes if machine_lanes < lanes else 0,
         threads=threads,
-        cores=of_machine.machine if device == "cpu" else 0,
+        cores=cores.machine if device == "cpu" else 0,
         read_rate=found,
         reread_rate=reread_rate(problem.input_bytes, int(psutil.virtual_memory().available), found),
         task_seconds=TASK_SECONDS[engine],
@@ -115,11 +112,6 @@ def describe_hardware(
         measuring_bytes=measuring_bytes,
         scratch_disk=UNKNOWN_DISK if scratch is None else free_disk(scratch),
     )
-
-
-def _cores(found: Cores | None, workers: int) -> Cores:
-    """The cores of a machine of so many workers: those `found` there, else as many as here."""
-    return cores_of_lanes(found, usable_cores().at_once, torch.get_num_threads(), workers)
 
 
 def _max_keys(name: str, problem: Problem) -> int:
@@ -150,17 +142,22 @@ def plan_here(
     engine: Engine,
     *,
     machine_lanes: int = 0,
-    cores: Cores | None = None,
+    find_cores: FindCores = lambda: None,
     to_store: bool = False,
 ) -> Plan:
     """Measure this machine and plan for an engine; partials would lie in the folder `scratch`, the result in a store.
 
-    `lanes`, `machine_lanes` and `cores` are those of `describe_hardware`; small budgets leave some of the lanes out.
+    `lanes` are workers, `MAX_LANES` at most (default: one, or one for each GPU), at most `machine_lanes` (0: all) on a
+    machine, whose cores `find_cores` finds; small budgets leave some of them out.
     Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
     """
     if lanes is not None and lanes < 1:
         raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
-    of_lanes: Any = {"lanes": lanes, "machine_lanes": machine_lanes, "cores": cores, "engine": engine, "scratch": scratch}
+    lanes = min(lanes or count_lanes(choices.kernel), MAX_LANES)
+    sharing = min(lanes, machine_lanes or lanes)
+    found = find_cores() if choose_device(choices.kernel) == "cpu" else None
+    cores = cores_of_lanes(found, usable_cores(), torch.get_num_threads(), sharing)
+    of_lanes: Any = {"lanes": lanes, "machine_lanes": sharing, "cores": cores, "engine": engine, "scratch": scratch}
     hardware = describe_hardware(dataset, problem, kernel=choices.kernel, precise=choices.precise, **of_lanes)
     device_memory = choices.device_memory
     if device_memory is None:
@@ -177,7 +174,7 @@ def plan_here(
         to_store=to_store,
     )
     budgets = device_memory, host_memory
-    chosen = share_machine(round_rates(hardware), _cores(cores, hardware.sharing_lanes), budgets, make)
+    chosen = share_machine(round_rates(hardware), cores, budgets, make)
     hardware = with_lanes(hardware, chosen.machine)
     plan = recost(replace(chosen, machine=hardware.machine), hardware.scratch_bytes)
     warning = overhead_warning(plan, hardware)

@@ -107,7 +107,7 @@ def _on_each(plan: Plan) -> str:
 def _lanes(plan: Plan) -> str:
     shared = f", at most {plan.sharing_lanes} on a machine" if plan.sharing_lanes < plan.lanes else ""
     if plan.device == "cpu":
-        more = "; more would read more in this budget" if plan.machine.most_lanes else ""
+        more = "; the other workers are left out, for the budget is small" if plan.machine.most_lanes else ""
         return f"{plan.lanes} lane{'s' * (plan.lanes > 1)}{shared}, {plan.threads} threads each{more}"
     gpus = f"{plan.lanes} GPU{'s' * (plan.lanes > 1)}{shared}"
     return f"{gpus}, tiles of {plan.tiles.query:,} queries by {plan.tiles.key:,} keys"

@@ -13,8 +13,9 @@ from dataclasses import replace
 from itertools import chain
 from math import inf
 
-from oocattn.cores import Cores
+from oocattn.cores import Cores, UsableCores
 from oocattn.errors import BudgetError
+from oocattn.planning.budgets import is_hopeless
 from oocattn.planning.machine import Hardware, Machine
 from oocattn.planning.plan import Plan
 from oocattn.units import ceil_div
@@ -31,7 +32,8 @@ def share_machine(hardware: Hardware, cores: Cores, budgets: tuple[int, int], ma
 
     All lanes take part where a larger budget would not have them read less. Else they are compared with half of them, a
     quarter, and so on: of those that are predicted to be about as fast as the fastest, the one that reads least is taken.
-    `cores` are those that the lanes may use. Lanes on GPUs are not left out. Raises what `make` raises for one lane.
+    `cores` are those that the lanes may use, and the memory that fewer of them may have. Lanes on GPUs are not left out.
+    Raises what `make` raises for one lane.
     """
 
     def plan_with(each: Hardware, times: int = 1, *, explain: bool = True) -> Plan:
@@ -40,32 +42,35 @@ def share_machine(hardware: Hardware, cores: Cores, budgets: tuple[int, int], ma
 
     def fitting(lanes: int, threads: int) -> Plan | None:
         with suppress(BudgetError):
-            return plan_with(hardware if lanes == sharing else _fewer(hardware, lanes, threads), explain=False)
+            plan = plan_with(hardware if lanes == sharing else _fewer(hardware, lanes, threads), explain=False)
+            if lanes == sharing or plan.peak_host <= plan.sharing_lanes * cores.memory:
+                return plan
         return None
 
     sharing = hardware.sharing_lanes
     if hardware.device != "cpu" or sharing == 1:
         return plan_with(hardware)
     every = fitting(sharing, hardware.threads)
-    if every is not None and _reads(every) <= LEVEL_READS * _reads(plan_with(hardware, sharing)):
-        return every
+    if every is not None and _reads(every) <= LEVEL_READS * _reads(plan_with(hardware, sharing, explain=False)):
+        return every if not is_hopeless(every) else plan_with(hardware)
     alone = list(_improving((fitting(1, threads) for threads in _halves(lane_threads(cores, 1))), _reads))
     more = (fitting(lanes, lane_threads(cores, lanes)) for lanes in reversed(_halves(sharing)[1:-1]))
     plans = [*filter(None, [every]), *alone, *_improving(chain(alone[:1], more), lambda plan: plan.seconds)]
     if not plans:
-        return plan_with(_fewer(hardware, 1, 1))  # which raises
+        return plan_with(_fewer(hardware, 1, 1))  # which is refused: for the budget, or for what a worker may take
     fastest = min(plan.seconds for plan in plans)
     level = [plan for plan in plans if plan.seconds <= LEVEL_SECONDS * fastest]
-    return min(level, key=lambda plan: (_reads(plan), -plan.lanes))
+    best = min(level, key=lambda plan: (_reads(plan), -plan.lanes))
+    return best if not is_hopeless(best) else plan_with(with_lanes(hardware, best.machine))
 
 
-def cores_of_lanes(found: Cores | None, here: int, threads: int, workers: int) -> Cores:
+def cores_of_lanes(found: Cores | None, here: UsableCores, threads: int, workers: int) -> Cores:
     """The cores of a machine of so many workers: those `found` there, else taken to be as many as `here`.
 
     Where the caller lets PyTorch have fewer `threads` here, all workers together have no more than these, or one each.
     """
-    cores = found or Cores(here, here)
-    return cores if threads >= here else Cores(min(cores.machine, max(threads, workers)), cores.lane)
+    cores = found or Cores(here.at_once, here.at_once)
+    return cores if threads >= here.at_once else cores._replace(machine=min(cores.machine, max(threads, workers)))
 
 
 def lane_threads(cores: Cores, sharing: int) -> int:

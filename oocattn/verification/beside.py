@@ -44,9 +44,10 @@ T = TypeVar("T")
 
 @dataclass
 class _Answer:
-    """What a call returned, and what it logged and warned of meanwhile."""
+    """What a call returned, or why it failed, and what it logged and warned of meanwhile."""
 
     value: Any = None
+    failure: str = ""
     logged: list[tuple[int, str]] = field(default_factory=list)
     warned: list[tuple[str, type[Warning], str, int]] = field(default_factory=list)
 
@@ -78,9 +79,14 @@ class ProcessBeside(Generic[T]):
         try:
             request = pickle.dumps(call)
             self._process = subprocess.Popen(command, **pipes, start_new_session=True)  # which a terminal's Ctrl-C misses
-        except Exception:  # whatever a caller's objects raise, or the system
+            self._answered = begin_call(self._exchange, self._process, request)
+        except Exception as error:  # whatever a caller's objects raise, or the system
+            logger.info("no process could be had beside the pass: %s", error)
+            if self._process is not None:
+                with self._process as process:
+                    process.kill()
+                self._process = None
             return
-        self._answered = begin_call(self._exchange, self._process, request)
         self.held = PROCESS_BYTES + nbytes
 
     def answer(self) -> T | None:
@@ -97,7 +103,8 @@ class ProcessBeside(Generic[T]):
         if (code := self._process.poll() or 0) < 0:
             logger.warning("a process was killed (signal %d): what it had begun is done here, which takes longer", -code)
         self._end()
-        if found is None:
+        if found is None or found.failure:
+            logger.info("the process beside the pass failed: %s", "it ended" if found is None else found.failure)
             return None
         for level, text in found.logged:
             logger.log(level, "%s", text)
@@ -165,7 +172,10 @@ def _made(call: Callable[[], object]) -> _Answer:
     logger.setLevel(logging.DEBUG)
     with warnings.catch_warnings(record=True) as caught, keep_denormals():
         warnings.simplefilter("default")
-        answer.value = call()
+        try:
+            answer.value = call()
+        except Exception as error:
+            answer.failure = f"{type(error).__name__}: {error}"
     answer.warned = [(str(each.message), each.category, each.filename, each.lineno) for each in caught]
     return answer
 

@@ -9,7 +9,8 @@ import pytest
 from support import GPU, MACHINE, a_problem, read_again, replanned
 
 from oocattn import BudgetError, Plan
-from oocattn.cores import Cores
+from oocattn.cores import Cores, UsableCores
+from oocattn.planning.budgets import is_hopeless
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.machine import Hardware
 from oocattn.planning.sharing import cores_of_lanes, lane_threads, share_machine
@@ -67,6 +68,27 @@ def test_no_lane_is_left_out_whose_cores_the_others_may_not_use() -> None:
     assert shared(problem, workers(8), 192 * MIB).lanes == 1
 
 
+def test_no_lane_has_more_memory_than_dask_lets_its_worker_have() -> None:
+    """A LocalCluster gives each of its workers an equal part of the machine's memory."""
+    problem = floats(1 << 17)
+    for left in (24 * MIB, 48 * MIB, 96 * MIB):
+        cores = Cores(CORES, CORES, memory=left)
+        found = shared(problem, workers(8, cores), 192 * MIB, cores)
+        assert found.peak_host <= left * found.sharing_lanes or found.lanes == 8
+        assert found.lanes > 1
+    assert shared(problem, workers(8), 192 * MIB).lanes == 1
+
+
+def test_workers_are_not_left_out_where_files_take_most_of_the_time() -> None:
+    """However that is, the plan of all of them is the one that `make_plan` makes of as many."""
+    problem, slow = floats(1 << 15), replace(workers(8), file_seconds=1.0)
+    options = {"device_memory": 1 << 40, "host_memory": 1 << 40, "chunks": 64}
+    expected = make_plan(problem, slow, **options)
+    assert is_hopeless(expected)
+    found = share_machine(slow, Cores(CORES, CORES), (1 << 40, 1 << 40), partial(make_plan, problem, chunks=64))
+    assert found == expected
+
+
 def test_lanes_have_no_more_threads_than_their_processes_may_use() -> None:
     problem, pairs = floats(1 << 18), Cores(machine=CORES, lane=2)
     for memory in (64, 96, 128, 192):
@@ -108,9 +130,8 @@ def test_each_machine_has_its_own_lanes() -> None:
     found = shared(problem, workers(32, hardware=replace(MACHINE, machine_lanes=8)), 96 * MIB)
     assert (found.lanes, found.sharing_lanes) == (4, 1)
     assert replace(found, host_memory=1 << 40, device_memory=1 << 40).most_sharing_lanes == 1  # whatever there is room for
-    assert f"4 lanes, at most 1 on a machine, {found.threads} threads each; more would read more in this budget" in str(
-        found
-    )
+    left_out = "; the other workers are left out, for the budget is small"
+    assert f"4 lanes, at most 1 on a machine, {found.threads} threads each{left_out}" in str(found)
 
 
 def test_threads_that_would_take_the_memory_of_chunks_are_left_out() -> None:
@@ -150,4 +171,4 @@ def test_a_budget_that_is_enough_for_no_lane_is_refused() -> None:
 def test_cores_are_those_found_and_no_more_than_the_caller_lets_pytorch_have(
     found: Cores | None, here: int, threads: int, count: int, expected: tuple[int, int]
 ) -> None:
-    assert cores_of_lanes(found, here, threads, count) == expected
+    assert cores_of_lanes(found, UsableCores((), here), threads, count)[:2] == expected

@@ -13,6 +13,7 @@ import pytest
 import warm
 from called import serving, wait_until
 
+from oocattn.verification import beside
 from oocattn.verification.beside import ProcessBeside
 
 
@@ -42,13 +43,29 @@ def test_what_a_process_says_is_said_here(caplog: pytest.LogCaptureFixture, capf
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_call_that_raises_or_cannot_be_sent_is_to_be_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    for call in (called.fail, lambda: None):
+def test_a_call_that_raises_or_cannot_be_sent_is_to_be_made_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "oocattn")
+    for call, words in ((called.fail, "failed: ValueError: it cannot be done"), (lambda: None, "no process could be had")):
+        caplog.clear()
         with ProcessBeside[None]() as process:
             process.begin(call, 0)
             assert process.answer() is None
+        assert words in caplog.text
     for executable in ("", "/nothing/is/here", "/bin/true", "/bin/cat"):
         monkeypatch.setattr(sys, "executable", executable)
         with ProcessBeside[str]() as another:
             another.begin(partial(called.say, "nothing"), 0)
             assert another.answer() is None
+
+
+def test_where_no_thread_can_be_begun_the_call_is_to_be_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(beside, "begin_call", refuse)
+    with ProcessBeside[str]() as process:
+        process.begin(partial(called.say, "nothing"), 0)
+        assert (process.held, process.answer()) == (0, None)
+    wait_until(lambda: not serving())

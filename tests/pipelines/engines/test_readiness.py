@@ -32,6 +32,7 @@ from oocattn.pipelines.engines.dask.readiness import (
     find_faults,
     find_interpreter_faults,
 )
+from oocattn.pipelines.engines.dask.worker_share import Memory
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.fingerprints import Fingerprints
 from oocattn.storage.paths import ResultPaths
@@ -46,7 +47,7 @@ EXPECTED = Expectations(
     ("cpu", a_problem(9), "cpu"),
 )
 COMPUTING = {"cpu": "AVX2", "arithmetic": "a"}
-GOOD = WorkerState("id", source_digest(), EXPECTED.fingerprints, "", "ready", False, 10, 0, inf, COMPUTING)
+GOOD = WorkerState("id", source_digest(), EXPECTED.fingerprints, "", "ready", False, Memory(10, 0, inf), COMPUTING)
 
 HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu", "dask": "2026.1"}
 
@@ -65,12 +66,15 @@ HERE = {"host": "here", "Python": "3.11", "oocattn": "1.0", "torch": "2.11.0+cpu
         ({"code": "another"}, [f"has oocattn {oocattn.__version__} with other code than here: install there what is here"]),
         ({"computing": {**COMPUTING, "gpu": "none"}}, ["sees no GPU: start it where there is one, or choose kernel='cpu'"]),
         ({"result": "cannot write to /r"}, ["cannot write to /r: choose a result on a file system that all workers share"]),
-        ({"paused": True, "memory_limit": 20}, ["is paused by Dask, with 10 B of its memory limit of 20 B in use: restart"]),
         (
-            {"memory_limit": 120, "memory_pause": 96.0},
+            {"paused": True, "memory": Memory(10, 20, inf)},
+            ["is paused by Dask, with 10 B of its memory limit of 20 B in use: restart"],
+        ),
+        (
+            {"memory": Memory(10, 120, 96.0)},
             ["has a memory limit of 120 B, of which 10 B are in use: a lane takes 100 B more, .*memory_limit=0 or a larger"],
         ),
-        ({"memory_limit": 200, "memory_pause": 160.0}, []),
+        ({"memory": Memory(10, 200, 160.0)}, []),
         ({"computing": {"cpu": "AVX512", "arithmetic": "a"}}, ["computes with cpu AVX512 instead of AVX2 | NEON"]),
         ({"computing": {"cpu": "NEON", "arithmetic": "b"}}, ["computes with other bits of a test call, so"]),
         (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ from support import Recorder, assert_same_bits, carry_out, normal_arrays, replan
 
 import oocattn
 from oocattn import Event, Plan, Result
-from oocattn.cores import usable_cores
+from oocattn.cores import Cores, usable_cores
 from oocattn.pipelines.engines.dask import cluster
 from oocattn.pipelines.engines.dask.cluster import find_cores, worker_addresses
 
@@ -41,8 +43,8 @@ def run(dataset: Path, result: Path, workers: int, *, processes: bool, budget: i
 
 
 @contextmanager
-def workers_here(count: int, *, processes: bool) -> Iterator[Client]:
-    options = {"threads_per_worker": 1, "memory_limit": 0, "dashboard_address": ":0", "processes": processes}
+def workers_here(count: int, *, processes: bool, memory_limit: str | int = 0) -> Iterator[Client]:
+    options = {"threads_per_worker": 1, "memory_limit": memory_limit, "dashboard_address": ":0", "processes": processes}
     with LocalCluster(n_workers=count, **options) as cluster, Client(cluster, set_as_default=False) as client:
         client.wait_for_workers(count)
         yield client
@@ -106,16 +108,33 @@ def test_a_worker_that_was_left_out_takes_over_from_one_that_dies(
     assert_same_bits(found, alone[0])
 
 
+def cores_found(client: Client) -> Cores | None:
+    return find_cores(client, worker_addresses(client), lambda: None)
+
+
 def test_workers_say_which_cores_they_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """First both all cores, then one each. None says so that lacks this package, or is a thread of this process."""
-    cores = sorted(os.sched_getaffinity(0))
+    """First both all cores, then one each. Threads of this process say nothing."""
+    monkeypatch.setattr(cluster, "CORES_SECONDS", 5.0)
+    processors = sorted(os.sched_getaffinity(0))
     with workers_here(2, processes=True) as client:
-        workers = worker_addresses(client)
-        assert find_cores(client, workers) == (usable_cores().at_once,) * 2
-        for core, worker in zip(cores[:2], workers, strict=False):
-            client.run(os.sched_setaffinity, 0, {core}, workers=[worker])
-        assert find_cores(client, workers) == (min(2, len(cores)), 1)
-        monkeypatch.setattr(cluster, "_CORES", "__import__('nothing')")
-        assert find_cores(client, workers) is None
+        assert cores_found(client) == (usable_cores().at_once, usable_cores().at_once, math.inf)
+        for processor, worker in zip(processors[:2], worker_addresses(client), strict=False):
+            client.run(os.sched_setaffinity, 0, {processor}, workers=[worker])
+        different = {name for (name,), *_ in client.run(usable_cores).values()}
+        assert cores_found(client) == (len(different), 1, math.inf)
+        process = client.run(os.getpid)[worker_addresses(client)[0]]
+        os.kill(process, signal.SIGSTOP)  # the other one says what it may use
+        try:
+            assert cores_found(client) == (1, 1, math.inf)
+        finally:
+            os.kill(process, signal.SIGCONT)
     with workers_here(1, processes=False) as client:
-        assert find_cores(client, worker_addresses(client)) is None
+        assert cores_found(client) is None
+
+
+def test_workers_say_how_much_memory_dask_lets_them_have() -> None:
+    with workers_here(2, processes=True, memory_limit="1GiB") as client:
+        used = client.run(lambda dask_worker: dask_worker.monitor.get_process_memory())
+        found = cores_found(client)
+    assert found is not None
+    assert found.memory == pytest.approx(0.8 * (1 << 30) - max(used.values()), abs=64 << 20)

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from ipaddress import ip_address
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -23,20 +22,19 @@ from oocattn.cores import Cores, UsableCores, shared_cores
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.naming import setting
 from oocattn.pipelines.engines.base import Check
+from oocattn.pipelines.engines.dask.worker_share import share_of
 from oocattn.units import format_seconds
 
 ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs, must answer
 CORES_SECONDS = 10.0  # in which workers say which cores they may use
 LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
+ASKED_TOGETHER = 64  # workers, each over a connection of its own; a client has 512
 POLL_SECONDS = 0.2  # between checks while answers are awaited
 GONE_SECONDS = 1.0  # between two looks at whether workers that have not answered are still there
 FIRST_WORKER_SECONDS = 60.0  # for which a run waits for a first worker
 KEEPING_SECONDS = 5.0  # for which tasks keep a worker of an adaptive cluster until it has work
 KEPT_AGAIN_SECONDS = 4.0  # after which it has others
 KEPT_SECONDS = 0.2  # of each of them: for so long the only thread of a worker may not be free
-
-_CORES = "tuple(__import__('oocattn.cores').cores.usable_cores())"
-"""What a worker evaluates: one without this package fails, and is told of later."""
 
 logger = logging.getLogger("oocattn")
 
@@ -113,23 +111,21 @@ def host_of(address: str) -> str:
     return urlsplit(address).hostname or address
 
 
-def find_cores(client: Client, workers: Sequence[str]) -> Cores | None:
-    """The cores of the machine with most of these workers, and those that each of all workers may use at least.
+def find_cores(client: Client, workers: Sequence[str], check: Check) -> Cores | None:
+    """The cores of the machine with most of these workers, and what each of all workers may use at least.
 
-    None where they are threads of this process, or none of them says it in time: the run then asks them all again.
+    None where they are threads of this process, or none of them says it in time. What workers lack, a run finds later.
     """
     others = [address for address in workers if not is_in_process(address)]
-    found: dict[str, UsableCores] = {}
-    if others:
-        with suppress(OSError, RuntimeError, TimeoutError, ValueError):
-            asked = partial(client.run, eval, _CORES, workers=others, on_error="return")
-            answers = answer(client, asked, CORES_SECONDS)
-            found = {address: UsableCores(*each) for address, each in answers.items() if not isinstance(each, BaseException)}
+    calls = ask_each(client, others, CORES_SECONDS, check, share_of)
+    answers = {address: call.result() for address, call in calls.items() if not (call.cancelled() or call.exception())}
+    found = {address: each for address, each in answers.items() if isinstance(each, UsableCores)}
     if not found:
         return None
     host, _ = Counter(map(host_of, found)).most_common(1)[0]
     there = shared_cores(each for address, each in found.items() if host_of(address) == host)
-    return Cores(there.machine, min(each.at_once for each in found.values()))
+    every = found.values()
+    return Cores(there.machine, min(each.at_once for each in every), min(each.memory for each in every))
 
 
 def room_on(taken: Iterable[str], most: int) -> Callable[[str], bool]:
@@ -235,6 +231,34 @@ def living_workers(client: Client, seconds: float = ANSWER_SECONDS) -> list[str]
         raise scheduler_gone(error) from error
 
 
+def begin_on(client: Client, address: str, function: Callable[..., Any], *arguments: object, **options: Any) -> Future[Any]:
+    """Begin a call of a function on a worker."""
+
+    async def ask() -> Any:
+        return (await client.run(function, *arguments, workers=[address], **options))[address]
+
+    return begin(client, ask)
+
+
+def ask_each(
+    client: Client, workers: Sequence[str], seconds: float, check: Check, function: Callable[..., Any], *arguments: object
+) -> dict[str, Future[Any]]:
+    """Call a function on each of these workers, and wait for some after others, so many seconds: the calls, by address.
+
+    Those that have not ended are cancelled, and those of workers that are gone left out. A function may raise on a worker,
+    or return an error.
+    """
+    calls: dict[str, Future[Any]] = {}
+    for first in range(0, len(workers), ASKED_TOGETHER):
+        some = workers[first : first + ASKED_TOGETHER]
+        asked = {address: begin_on(client, address, function, *arguments, on_error="return") for address in some}
+        await_answers(client, asked, seconds, check, LEAST_ANSWER_SECONDS)
+        calls |= asked
+    for call in calls.values():
+        call.cancel()  # if it has not ended
+    return calls
+
+
 def await_answers(
     client: Client, calls: dict[str, Future[T]], seconds: float, check: Check = lambda: None, check_after: float = math.inf
 ) -> None:
@@ -250,7 +274,7 @@ def await_answers(
             check()
         if time.monotonic() - looked > GONE_SECONDS:
             with suppress(WorkerLostError):  # of a scheduler that is silent itself
-                there = living_workers(client, max(0.0, began + seconds - time.monotonic()))
+                there = living_workers(client, min(GONE_SECONDS, left))
                 for address in [address for address, call in calls.items() if address not in there and not call.done()]:
                     calls.pop(address).cancel()
             looked = time.monotonic()

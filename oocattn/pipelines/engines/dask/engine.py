@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task as DaskTask
@@ -43,6 +42,7 @@ from oocattn.pipelines.engines.dask.cluster import (
     assign_devices,
     await_answers,
     begin,
+    begin_on,
     check_scheduler,
     is_in_process,
     keeping_workers,
@@ -257,11 +257,9 @@ class DaskLanes(Lanes):
 
     def _ask(self, function: Callable[..., object], workers: Collection[str], seconds: float, consequence: str) -> list[int]:
         """A function's results; a worker that was silent before is told, but not waited for."""
-
-        async def ask(address: str) -> int:
-            return int((await self._client.run(function, self._name, workers=[address]))[address])
-
-        calls = {address: begin(self._client, partial(ask, address)) for address in workers}
+        calls: dict[str, CallFuture[int]] = {
+            address: begin_on(self._client, address, function, self._name) for address in workers
+        }
         expected_calls = {address: call for address, call in calls.items() if address not in self._silent}
         await_answers(self._client, expected_calls, seconds)
         found = collect_answers(expected_calls, 0.0, consequence)

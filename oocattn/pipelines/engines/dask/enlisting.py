@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from distributed import Client
@@ -23,7 +22,7 @@ from oocattn.pipelines.engines.dask.cluster import (
     ANSWER_SECONDS,
     LEAST_ANSWER_SECONDS,
     POLL_SECONDS,
-    await_answers,
+    ask_each,
     begin,
     living_workers,
     wait_for_first,
@@ -166,20 +165,14 @@ def _ask(
     client: Client, workers: Sequence[str], check: Check, function: Callable[..., Any], *arguments: object
 ) -> dict[str, Any]:
     """A function's result, or error, on each worker that is still there; TimeoutError where one is silent."""
-
-    async def ask(address: str) -> Any:
-        return (await client.run(function, *arguments, workers=[address], on_error="return"))[address]
-
-    calls = {address: begin(client, partial(ask, address)) for address in workers}
-    await_answers(client, calls, ANSWER_SECONDS, check, LEAST_ANSWER_SECONDS)
+    calls = ask_each(client, workers, ANSWER_SECONDS, check, function, *arguments)
     there = living_workers(client) if calls else []
     return {address: _answer_of(call) for address, call in calls.items() if address in there}
 
 
 def _answer_of(call: Future[Any]) -> Any:
-    """A call's result or error; TimeoutError of one that has not ended, which is called off."""
-    if not call.done():
-        call.cancel()
+    """A call's result or error; TimeoutError of one that has not ended, which is cancelled."""
+    if call.cancel() or call.cancelled():
         return TimeoutError()
     return call.exception() or call.result()
 

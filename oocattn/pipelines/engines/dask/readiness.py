@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import dask
 from distributed import Status, Worker
 
 from oocattn.errors import LockedError, OocattnError
@@ -26,6 +24,7 @@ from oocattn.naming import named, setting
 from oocattn.pipelines.engines.dask.cluster import is_in_process
 from oocattn.pipelines.engines.dask.departure import is_leaving
 from oocattn.pipelines.engines.dask.tasks import close_stale_lanes
+from oocattn.pipelines.engines.dask.worker_share import Memory, memory_of
 from oocattn.planning.plan import Plan
 from oocattn.problem.problem import Problem
 from oocattn.storage.files.durable import PARTIAL
@@ -117,8 +116,7 @@ class WorkerState:
     """State of a worker as it sees itself.
 
     `code` is the digest of its sources, `dataset` its fingerprints, or why it cannot be read, `result` why no result can be
-    written, `probe` the file that it has written beside the result ("" where it need not share that folder). Memory in
-    bytes: in use, Dask's limit (0: none), and the use from which on Dask gives it no tasks.
+    written, `probe` the file that it has written beside the result ("" where it need not share that folder).
     """
 
     id: str
@@ -127,9 +125,7 @@ class WorkerState:
     result: str
     probe: str
     paused: bool
-    memory_used: int
-    memory_limit: int
-    memory_pause: float
+    memory: Memory
     computing: Mapping[str, str]
     leaving: bool = False
 
@@ -137,10 +133,6 @@ class WorkerState:
 async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerState:
     """Look at what a run needs, after closing stale lanes of the same result."""
     await close_stale_lanes(expected.result, expected.state, dask_worker)
-    manager = dask_worker.memory_manager
-    limit = int(manager.memory_limit or 0)
-    terminate = dask_worker.nanny and dask.config.get("distributed.worker.memory.terminate")  # by its nanny
-    share = manager.memory_pause_fraction or terminate or math.inf
     dataset = await asyncio.wrap_future(begin_call(_look_at_dataset, expected.dataset))  # which may take seconds
     if expected.elsewhere is not None and not is_in_process(dask_worker.address):
         looking, probe = begin_call(_look_at_store, Path(dask_worker.local_directory), expected.elsewhere), ""
@@ -154,9 +146,7 @@ async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerS
         result=result,
         probe=probe,
         paused=dask_worker.status == Status.paused,
-        memory_used=int(dask_worker.monitor.get_process_memory()),
-        memory_limit=limit,
-        memory_pause=limit * float(share) if limit else math.inf,
+        memory=memory_of(dask_worker),
         computing=arithmetic_of(*expected.call),
         leaving=is_leaving(dask_worker),
     )
@@ -248,13 +238,13 @@ def _other_faults(worker: WorkerState, expected: Expectations) -> list[str]:
         found.append("was asked to end (SIGTERM)")
     if worker.code != source_digest():
         found.append(f"has oocattn {__version__} with other code than here: {SAME_SOFTWARE}")
-    used, limit = format_bytes(worker.memory_used), format_bytes(worker.memory_limit)
+    used, limit = format_bytes(worker.memory.used), format_bytes(worker.memory.limit)
     if worker.paused:
         found.append(
-            f"is paused by Dask, with {used}{f' of its memory limit of {limit}' if worker.memory_limit else ''} in use: "
+            f"is paused by Dask, with {used}{f' of its memory limit of {limit}' if worker.memory.limit else ''} in use: "
             "restart it with memory_limit=0, or a larger one"
         )
-    elif worker.memory_used + expected.lane_bytes > worker.memory_pause:
+    elif worker.memory.used + expected.lane_bytes > worker.memory.pause:
         found.append(
             f"has a memory limit of {limit}, of which {used} are in use: a lane takes {format_bytes(expected.lane_bytes)} "
             "more, and Dask would give it no tasks: restart it with memory_limit=0 or a larger one, or lower "
