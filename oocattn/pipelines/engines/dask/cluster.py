@@ -26,7 +26,7 @@ from oocattn.pipelines.engines.dask.worker_share import share_of
 from oocattn.units import format_seconds
 
 ANSWER_SECONDS = 120.0  # in which a scheduler, and workers asked for their GPUs, must answer
-CORES_SECONDS = 10.0  # in which workers say which cores they may use
+CORES_SECONDS = 30.0  # in which workers import PyTorch and say which cores and how much memory they may use
 LEAST_ANSWER_SECONDS = 1.0  # for workers to say that they are ready, even after a time limit
 ASKED_TOGETHER = 64  # workers, each over a connection of its own; a client has 512
 POLL_SECONDS = 0.2  # between checks while answers are awaited

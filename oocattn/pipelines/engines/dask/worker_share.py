@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import NamedTuple
 
 import dask
@@ -29,6 +30,7 @@ def memory_of(worker: Worker) -> Memory:
 
 
 def share_of(dask_worker: Worker) -> UsableCores:
-    """The cores that a worker may use, and the memory that it may still take."""
+    """The cores that a worker may use, and the memory that it may still take, beside all that a run imports there."""
+    import_module("oocattn.pipelines.engines.dask.readiness")
     found = memory_of(dask_worker)
     return usable_cores()._replace(memory=found.pause - found.used)
