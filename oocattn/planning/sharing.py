@@ -47,12 +47,15 @@ def share_machine(hardware: Hardware, cores: Cores, budgets: tuple[int, int], ma
                 return plan
         return None
 
+    def explained(plan: Plan) -> Plan:
+        return plan_with(with_lanes(hardware, plan.machine)) if is_hopeless(plan) else plan
+
     sharing = hardware.sharing_lanes
     if hardware.device != "cpu" or sharing == 1:
         return plan_with(hardware)
     every = fitting(sharing, hardware.threads)
     if every is not None and _reads(every) <= LEVEL_READS * _reads(plan_with(hardware, sharing, explain=False)):
-        return every if not is_hopeless(every) else plan_with(hardware)
+        return explained(every)
     alone = list(_improving((fitting(1, threads) for threads in _halves(lane_threads(cores, 1))), _reads))
     more = (fitting(lanes, lane_threads(cores, lanes)) for lanes in reversed(_halves(sharing)[1:-1]))
     plans = [*filter(None, [every]), *alone, *_improving(chain(alone[:1], more), lambda plan: plan.seconds)]
@@ -60,8 +63,7 @@ def share_machine(hardware: Hardware, cores: Cores, budgets: tuple[int, int], ma
         return plan_with(_fewer(hardware, 1, 1))  # which is refused: for the budget, or for what a worker may take
     fastest = min(plan.seconds for plan in plans)
     level = [plan for plan in plans if plan.seconds <= LEVEL_SECONDS * fastest]
-    best = min(level, key=lambda plan: (_reads(plan), -plan.lanes))
-    return best if not is_hopeless(best) else plan_with(with_lanes(hardware, best.machine))
+    return explained(min(level, key=lambda plan: (_reads(plan), -plan.lanes)))
 
 
 def cores_of_lanes(found: Cores | None, here: UsableCores, threads: int, workers: int) -> Cores:

@@ -31,7 +31,7 @@ class CpuDevice:
         self._operation = operation
         self._health = health
         self._state = AttentionState.empty(problem.group_size, plan.chunk_rows, problem.columns)
-        self.cores: int | None = plan.threads
+        self.cores = plan.threads
         self.allocator = ThreadPool(1, "oocattn-allocate")
         # One thread attends, for every thread that does has OpenMP threads of its own, with their buffers.
         self.launcher = plain_threads(1, "oocattn-attend", self.cores)

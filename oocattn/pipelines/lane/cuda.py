@@ -67,7 +67,7 @@ class CudaDevice:
     """One GPU. Implements Device. Raises BudgetError where it has no room even for the smallest tiles."""
 
     readers = 8  # 28 GB/s from the page cache with 8, 6 with one (16 cores)
-    cores: int | None = 1  # of all GPUs together there are dozens of threads that finish chunks, on the cores that launch
+    cores = 1  # of all GPUs together there are dozens of threads that finish chunks, on the cores that launch
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
         self._device = torch.device(name)

@@ -74,7 +74,7 @@ class Device(Protocol):
     """A device with its memory and threads; it reports its steps to the lane's health."""
 
     readers: int  # threads that read chunks for it
-    cores: int | None  # of each computing thread of the lane; None: as many as the process uses
+    cores: int  # of each computing thread of the lane
     allocator: ThreadPool  # the one thread in which host memory is allocated
     launcher: ThreadPool  # the one thread in which subproblems are launched
 

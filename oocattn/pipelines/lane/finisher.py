@@ -69,7 +69,7 @@ class _Part:
 class Finisher:
     """Finishes the chunks of one lane, from `partials`, through `blocks` of `out`.
 
-    Its threads merge, divide and write; torch uses `cores` in each (None: as many as the process does).
+    Its threads merge, divide and write; torch uses `cores` in each.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Finisher:
         journal: Journal,
         blocks: Pool[OutBlock],
         finalise: Finalise,
-        cores: int | None,
+        cores: int,
     ) -> None:
         self._plan = plan
         self._operation = operation

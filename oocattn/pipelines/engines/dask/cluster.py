@@ -124,8 +124,7 @@ def find_cores(client: Client, workers: Sequence[str], check: Check) -> Cores | 
         return None
     host, _ = Counter(map(host_of, found)).most_common(1)[0]
     there = shared_cores(each for address, each in found.items() if host_of(address) == host)
-    every = found.values()
-    return Cores(there.machine, min(each.at_once for each in every), min(each.memory for each in every))
+    return shared_cores(found.values())._replace(machine=there.machine)
 
 
 def room_on(taken: Iterable[str], most: int) -> Callable[[str], bool]:
@@ -252,10 +251,12 @@ def ask_each(
     for first in range(0, len(workers), ASKED_TOGETHER):
         some = workers[first : first + ASKED_TOGETHER]
         asked = {address: begin_on(client, address, function, *arguments, on_error="return") for address in some}
-        await_answers(client, asked, seconds, check, LEAST_ANSWER_SECONDS)
+        try:
+            await_answers(client, asked, seconds, check, LEAST_ANSWER_SECONDS)
+        finally:
+            for call in asked.values():
+                call.cancel()  # if it has not ended
         calls |= asked
-    for call in calls.values():
-        call.cancel()  # if it has not ended
     return calls
 
 
@@ -266,18 +267,29 @@ def await_answers(
 
     For 30 s a scheduler would try to reach them. `check` is called again and again after so many seconds.
     """
-    began = looked = time.monotonic()
-    while (left := seconds - (waited := time.monotonic() - began)) > 0:
-        if not wait(calls.values(), timeout=min(POLL_SECONDS, left)).not_done:
-            break
-        if waited > check_after:
+    looked = 0.0
+
+    def look(passed: float) -> None:
+        nonlocal looked
+        if passed > check_after:
             check()
-        if time.monotonic() - looked > GONE_SECONDS:
+        if passed - looked > GONE_SECONDS:
             with suppress(WorkerLostError):  # of a scheduler that is silent itself
-                there = living_workers(client, min(GONE_SECONDS, left))
+                there = living_workers(client, min(GONE_SECONDS, seconds - passed))
                 for address in [address for address, call in calls.items() if address not in there and not call.done()]:
                     calls.pop(address).cancel()
-            looked = time.monotonic()
+            looked = passed
+
+    poll(calls, seconds, look)
+
+
+def poll(calls: Mapping[str, Future[T]], seconds: float, look: Callable[[float], None]) -> None:
+    """Wait until all calls have ended, so many seconds at most; `look` is given the seconds passed, again and again."""
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < seconds:
+        if not wait(calls.values(), timeout=min(POLL_SECONDS, seconds - passed)).not_done:
+            return
+        look(passed)
 
 
 def scheduler_gone(reason: object) -> WorkerLostError:

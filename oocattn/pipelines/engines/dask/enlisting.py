@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from distributed import Client
 
-from oocattn import clock
 from oocattn.errors import ProblemError, WorkerLostError
 from oocattn.kernels.arithmetic import combine
 from oocattn.pipelines.engines.base import Check
 from oocattn.pipelines.engines.dask.cluster import (
     ANSWER_SECONDS,
     LEAST_ANSWER_SECONDS,
-    POLL_SECONDS,
     ask_each,
     begin,
     living_workers,
+    poll,
     wait_for_first,
 )
 from oocattn.pipelines.engines.dask.readiness import (
@@ -179,10 +178,11 @@ def _answer_of(call: Future[Any]) -> Any:
 
 def _call(client: Client, call: Callable[[], Any], check: Check) -> Any:
     """A call's result or error; TimeoutError when late; `check` ends it by raising."""
-    called, start = begin(client, call), clock.now()
-    while not wait([called], timeout=POLL_SECONDS).done:
-        if (waited := clock.now() - start) > ANSWER_SECONDS:
-            break
-        if waited > LEAST_ANSWER_SECONDS:  # it has that also where a time limit has passed
+    called = begin(client, call)
+
+    def look(passed: float) -> None:
+        if passed > LEAST_ANSWER_SECONDS:  # it has that also where a time limit has passed
             check()
+
+    poll({"scheduler": called}, ANSWER_SECONDS, look)
     return _answer_of(called)
