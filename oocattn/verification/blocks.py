@@ -27,10 +27,9 @@ from oocattn.verification.judge import Bools, Judge, Piece
 from oocattn.verification.noise import Array64, KeyTerms, WeightNoise
 from oocattn.verification.row_sums import Array32, OutSums, Rows, RowSums, sums_bytes
 
-BLOCK_ROWS = 1 << 16
-"""Rows that a thread reads at a time, at most."""
+BLOCK_ROWS = 1 << 17
+"""Rows that a thread reads and compares at a time, at most: of fewer, Python's lock takes a larger part of the time."""
 
-PIECE_ROWS = 1 << 15  # the same, that it compares: few enough for the processor's caches
 AHEAD = 2  # blocks that are begun for each thread, so that none waits for the next
 LEAST_ROWS = 64  # the fewest that are read at a time; of fewer, calls take longer than numbers
 
@@ -56,8 +55,8 @@ class Compared:
         rows = min(rows, max(problem.out_rows, problem.keys))
         columns, out = max(problem.head_dim, problem.value_dim), self.result["out"].dtype
         of_row = columns * max(problem.itemsize, out.itemsize) + VECTORS * 4 + 2 * 4 + 7 * 8
-        of_piece = 32 * 8 + 2 * columns  # numbers of each row, and the keys that they attend; where NaN is looked for
-        of_thread = rows * of_row + min(rows, PIECE_ROWS) * of_piece + sums_bytes(out.name, columns, VECTORS, rows)
+        of_row += 32 * 8 + 2 * columns  # numbers of each row, and the keys that it attends; where NaN is looked for
+        of_thread = rows * of_row + sums_bytes(out.name, columns, VECTORS, rows)
         of_thread += (AHEAD + 1) * FOUND_BYTES
         decoding = max(array.decode_bytes for array in self.dataset.arrays.values()) * ceil_div(threads, MOST_THREADS)
         of_readers = max(reader.nbytes(rows) for reader in (*self.result.values(), *self.second.values()))
@@ -109,7 +108,7 @@ class _Memory:
         self._wide = np.empty(rows * columns * max(problem.itemsize, out.itemsize), np.uint8)
         self._passed, self._lse, self._passed_lse = (np.empty(rows * count, np.float32) for count in (VECTORS, 1, 1))
         self.inputs = RowSums(problem.dtype, columns, rows)
-        self.outs = OutSums(out.name, sign_vectors(given.seed, problem.value_dim).astype(np.float64), min(rows, PIECE_ROWS))
+        self.outs = OutSums(out.name, sign_vectors(given.seed, problem.value_dim).astype(np.float64), rows)
 
     def wide(self, rows: int, columns: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """For rows of q, k, v or `out`: the same memory for all of them."""
@@ -148,14 +147,11 @@ class BlockReader:
         readable = self._read_result(block, out, lse)
         self._read(given.second["out"], block, passed)
         self._read(given.second["lse"], block, passed_lse)
-        whole = Piece(block.batch, query_head, np.arange(asked.start, asked.stop), norms, out, lse, passed, passed_lse)
-        head = (block.batch * problem.out_heads + block.head) * problem.out_rows
-        for first in range(0, block.rows, PIECE_ROWS):
-            rows = slice(first, first + PIECE_ROWS)
-            with np.errstate(all="ignore"):  # NaN and Inf flow as they come
-                sigmas = self._judge.sigmas(whole.part(rows), keys, memory.outs, found)
-            sigmas[~readable[rows]] = np.inf
-            found.see_rows(sigmas, head + block.start + first)
+        piece = Piece(block.batch, query_head, np.arange(asked.start, asked.stop), norms, out, lse, passed, passed_lse)
+        with np.errstate(all="ignore"):  # NaN and Inf flow as they come
+            sigmas = self._judge.sigmas(piece, keys, memory.outs, found)
+        sigmas[~readable] = np.inf
+        found.see_rows(sigmas, (block.batch * problem.out_heads + block.head) * problem.out_rows + block.start)
         return found
 
     @property

@@ -20,6 +20,7 @@ from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared
 from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, Tiles, recompute_bytes
 
 MOST_THREADS = 16  # of more, each waits for Python's lock
+MOST_COMPARING = 8  # the same, where all rows are compared: measured on 16 cores
 LEAST_KEYS = 64  # keys of the smallest tile that K and V are streamed in
 STEP_BYTES = 8 << 20
 """Read at a time for a checksum where chunks are plain files, at most: it stays in the processor's cache. Else a part is."""
@@ -74,7 +75,8 @@ def fit(
         block_rows = sizes.fit(BLOCK_ROWS, LEAST_ROWS, partial(second.nbytes, threads=1))
         group_rows = sizes.fit(GROUP_ROWS, 1, partial(recomputing, key_rows, threads=1))
         tiles = Tiles(key_rows, group_rows, sizes.fit_threads(partial(recomputing, key_rows, group_rows)))
-        all_rows = Sizes(block_rows, sizes.fit_threads(partial(second.nbytes, block_rows)), tiles)
+        comparing = sizes.fit_threads(partial(second.nbytes, block_rows), MOST_COMPARING)
+        all_rows = Sizes(block_rows, comparing, tiles)
     sizes.check()
     return Fitted(sample, steps, all_rows)
 
@@ -93,9 +95,9 @@ class _Sizes:
         self._least = max(self._least, self._always + nbytes(size))
         return size
 
-    def fit_threads(self, nbytes: Callable[[int], int]) -> int:
-        """The most threads that fit, or one."""
-        return self.fit(min(count_cores(), MOST_THREADS), 1, nbytes)
+    def fit_threads(self, nbytes: Callable[[int], int], most: int = MOST_THREADS) -> int:
+        """The `most` threads that fit, or one."""
+        return self.fit(min(count_cores(), most), 1, nbytes)
 
     def check(self) -> None:
         """Raise BudgetError where something did not fit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -35,11 +35,6 @@ class Piece:
     lse: Array32
     passed: Array32
     passed_lse: Array32
-
-    def part(self, rows: slice) -> Piece:
-        """Some of them."""
-        names = ("tokens", "norms", "out", "lse", "passed", "passed_lse")
-        return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
 
 @dataclass(frozen=True)
