@@ -187,8 +187,8 @@ class Engine(ABC):
         """The lanes of a new attempt at a run, not open yet."""
 
 
-def perform(lane: Lane, task: Task) -> TaskEvent:
-    """Do a task on its lane; TaskError, with its place, for an unforeseen error."""
+def perform(lane: Lane, task: Task) -> TaskEvent | None:
+    """Do a task on its lane, unless that was stopped; TaskError, with its place, for an unforeseen error."""
     step, head_group, index = task.id
     with naming(task.place):
         match step:

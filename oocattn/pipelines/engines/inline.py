@@ -125,10 +125,13 @@ class InlineLanes(Lanes):
                     continue
                 self._executing += 1
             try:
-                outcome: TaskEvent | BaseException = replace(perform(self._lanes[number], task), worker=self.workers[number])
+                outcome: TaskEvent | BaseException | None = perform(self._lanes[number], task)
             except BaseException as error:
                 outcome = error
-            self.outcomes.put((task, outcome))
+            if isinstance(outcome, TaskEvent):
+                outcome = replace(outcome, worker=self.workers[number])
+            if outcome is not None:  # as it is of a lane that was stopped
+                self.outcomes.put((task, outcome))
             self._end(task, isinstance(outcome, TaskEvent))
 
     def _end(self, task: Task, succeeded: bool) -> None:
@@ -163,6 +166,8 @@ class InlineLanes(Lanes):
             return
         with self._changing:
             self._stopped = True
+            for lane in self._lanes:
+                lane.stop()
             if not self._changing.wait_for(lambda: not self._executing, seconds):
                 logger.warning(NOT_STOPPED)
 

@@ -68,6 +68,7 @@ class Lane:
             self.stage = stager.stage
             self._attend_turns = Turns("attend", len(memory.slots))
             self._next_turn = 0
+            self._stopped = False
             self._told_copied = (0, 0)
             self._telling = threading.Lock()
             self._launched: dict[int, Callable[[], Attended]] = {}
@@ -85,15 +86,17 @@ class Lane:
         """Query-key pairs that were attended so far, tile by tile."""
         return self._health.pairs
 
-    def attend(self, turn: int) -> Attended:
-        """Compute the partials of the subproblem staged for this turn; hand them over.
+    def attend(self, turn: int) -> Attended | None:
+        """Compute the partials of the subproblem staged for this turn; hand them over; None where the lane was stopped.
 
         Subproblems begin in the order of their turns, also those before an early task. The event also has the checkpoints
         that were made meanwhile, and the memory that is held. Raises RuntimeError for a turn that was taken before.
         """
         self._attend_turns.take(turn)
         self.device.launcher.submit(self._launch_until, turn).result()
-        finish = self._launched.pop(turn)
+        finish = self._launched.pop(turn, None)
+        if finish is None:
+            return None
         return self._with_copied(replace(self._checkpoints.add_to(finish()), memory=self._meter.read()))
 
     def merge(self, head_group: int, chunk: int) -> Merged:
@@ -114,11 +117,15 @@ class Lane:
     def _launch_until(self, turn: int) -> None:
         """Launch what was staged up to this turn, in order."""
         with self._health.reraise_first_failure():
-            while self._next_turn <= turn:
+            while self._next_turn <= turn and not self._stopped:
                 staged = self._stager.take(self._next_turn)
                 with naming_subproblem(staged.head_group, staged.index):
                     self._launched[self._next_turn] = self.device.launch(staged, self.partials, self.finisher)
                 self._next_turn += 1
+
+    def stop(self) -> None:
+        """Begin no more subproblems, not those either whose tasks wait for their turn."""
+        self._stopped = True
 
     def save(self) -> int:
         """Save what is in memory alone, at the end, if the plan says so; return the bytes."""

@@ -24,7 +24,7 @@ def test_what_is_left_behind_is_said_in_the_words_of_the_run(
 ) -> None:
     ended, attend = threading.Event(), Lane.attend
 
-    def attend_too_long(lane: Lane, turn: int) -> Attended:
+    def attend_too_long(lane: Lane, turn: int) -> Attended | None:
         ended.wait(30)
         return attend(lane, turn)
 
@@ -51,7 +51,7 @@ def test_a_run_that_is_stopped_saves_after_what_executes_has_ended(
     executing = threading.Event()
     attend, save = Lane.attend, Lane.save
 
-    def attend_slowly(lane: Lane, turn: int) -> Attended:
+    def attend_slowly(lane: Lane, turn: int) -> Attended | None:
         steps.append("begin")
         executing.set()
         time.sleep(0.3)

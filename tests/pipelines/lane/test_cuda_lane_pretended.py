@@ -6,9 +6,12 @@ Real GPUs are in `test_cuda_lane`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pretend
@@ -37,8 +40,11 @@ from oocattn.kernels.registry import get_kernel
 from oocattn.kernels.state import AttentionState
 from oocattn.operations import forward, make_operation
 from oocattn.pipelines.lane import cuda_memory
+from oocattn.pipelines.lane.cuda import CudaDevice
+from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.rehearsal import sample_tiles
-from oocattn.pipelines.watch.events import TaskEvent
+from oocattn.pipelines.lane.stager import StagedChunks
+from oocattn.pipelines.watch.events import Attended, TaskEvent
 from oocattn.planning.memory import (
     Tiles,
 )
@@ -166,6 +172,40 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(client: Client, fast_path: 
     found = oocattn.resume(fast_path / "result.zarr", client=client, callbacks=[after])
     assert_same_bits(found, expected)
     assert len(after.of("attended")) <= made.subproblems - count
+
+
+@pytest.mark.parametrize("engine", ["dask", "inline"])
+def test_a_subproblem_that_waits_for_its_turn_is_not_begun_as_a_run_ends(
+    engine: str, client: Client, fast_path: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(170, dtype="float16"))
+    plan = pretend.gpu_plan(dataset, (20, 10), "memory", chunks=7)
+    where: Client | Literal["inline"] = client if engine == "dask" else "inline"
+    begun: list[int] = []
+    launch, attend, waiting = CudaDevice.launch, Lane.attend, threading.Semaphore(0)
+
+    def launch_slowly(device: CudaDevice, staged: StagedChunks, *others: Any) -> Callable[[], Attended]:
+        begun.append(staged.index)
+        time.sleep(1.0)
+        return launch(device, staged, *others)
+
+    def note(lane: Lane, turn: int) -> Attended | None:
+        waiting.release()
+        return attend(lane, turn)
+
+    def stop(event: Event) -> None:
+        if event.kind == "staged" and waiting.acquire(timeout=10) and waiting.acquire(timeout=10):
+            time.sleep(0.1)  # so that the second waits for the first
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as slow:
+        slow.setattr(CudaDevice, "launch", launch_slowly)
+        slow.setattr(Lane, "attend", note)
+        with pytest.raises(KeyboardInterrupt):
+            carry_out(plan, dataset, result, where, [stop])
+    assert len(begun) == 1
+    assert oocattn.status(result).subproblems_done == 1
+    assert_same_bits(carry_out(plan, dataset, result, where), carry_out(plan, dataset, fast_path / "expected.zarr"))
 
 
 # Out of memory

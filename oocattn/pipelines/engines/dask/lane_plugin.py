@@ -95,6 +95,11 @@ class LanePlugin(WorkerPlugin):
             with self._counting:
                 self.performing -= 1
 
+    def stop(self) -> None:
+        """Begin no more tasks."""
+        self.stopped = True
+        self.lane.stop()
+
     async def save(self) -> int:
         """Have on disk what the lane holds in memory alone; return the bytes."""
         async with self._saving:
@@ -105,7 +110,8 @@ class LanePlugin(WorkerPlugin):
         """The worker is to end: begin no task, let those that run end, half of so many seconds, and save the rest."""
         if self.dismissed or self.leaving:
             return
-        self.stopped = self.leaving = True
+        self.leaving = True
+        self.stop()
         self._beat()
         until = time.monotonic() + seconds / 2
         while self.performing and time.monotonic() < until:

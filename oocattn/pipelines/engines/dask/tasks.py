@@ -59,7 +59,8 @@ async def close_stale_lanes(result: str, state: Path, dask_worker: Worker) -> No
         if isinstance(plugin, LanePlugin) and (
             str(plugin.work.paths.result) == result or plugin.work.paths.state.is_relative_to(state)
         ):
-            plugin.stopped = plugin.dismissed = True
+            plugin.dismissed = True
+            plugin.stop()
             await dask_worker.plugin_remove(name)
     await end_watch(dask_worker)
 
@@ -69,7 +70,7 @@ def stop(run: str, dask_worker: Worker) -> int:
     plugin = find_plugin(run, dask_worker)
     if plugin is None:
         return 0
-    plugin.stopped = True
+    plugin.stop()
     return len(plugin.executing)
 
 
@@ -86,4 +87,5 @@ def perform_task(run: str, task: Task, *after: TaskEvent) -> TaskEvent | None:
     if plugin is None or plugin.stopped:  # an error would be logged, and nobody may wait for it
         return None
     with sendable_errors(), plugin.counted():
-        return replace(perform(plugin.lane, task), worker=str(worker.name))
+        event = perform(plugin.lane, task)
+        return None if event is None else replace(event, worker=str(worker.name))
