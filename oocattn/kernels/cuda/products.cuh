@@ -50,6 +50,7 @@ __device__ __forceinline__ void hold(unsigned (&registers)[COUNT]) {
 #define FOUR(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define EIGHT(d, i) FOUR(d, i), FOUR(d, i + 4)
 #define SIXTEEN(d, i) EIGHT(d, i), EIGHT(d, i + 8)
+#define OUT_4(d) FOUR(d, 0)
 #define OUT_8(d) EIGHT(d, 0)
 #define OUT_32(d) SIXTEEN(d, 0), SIXTEEN(d, 16)
 #define OUT_40(d) OUT_32(d), EIGHT(d, 32)
@@ -58,6 +59,7 @@ __device__ __forceinline__ void hold(unsigned (&registers)[COUNT]) {
 #define OUT_88(d) OUT_64(d), SIXTEEN(d, 64), EIGHT(d, 80)
 #define OUT_96(d) OUT_88(d), EIGHT(d, 88)
 #define OUT_128(d) OUT_96(d), SIXTEEN(d, 96), SIXTEEN(d, 112)
+#define NAMES_4 "%0, %1, %2, %3"
 #define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
     "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -91,6 +93,7 @@ PRODUCTS_OF_ROWS(64, "128", "%64", "%65", "%66")
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)));                             \
     }
 
+PRODUCTS_WITH_COLUMNS(4, "8", "%4, %5, %6, %7", "%8", "%9")
 PRODUCTS_WITH_COLUMNS(8, "16", "%8, %9, %10, %11", "%12", "%13")
 PRODUCTS_WITH_COLUMNS(32, "64", "%32, %33, %34, %35", "%36", "%37")
 PRODUCTS_WITH_COLUMNS(64, "128", "%64, %65, %66, %67", "%68", "%69")

@@ -9,7 +9,7 @@ constexpr int PANEL = 64;  // columns of 16 bits in the 128 bytes that TMA and t
 constexpr int KEY_PANELS = (HEAD_DIM + PANEL - 1) / PANEL;  // of each part; columns beyond HEAD_DIM are filled with zeros
 constexpr int VALUE_PANELS = (VALUE_DIM + PANEL - 1) / PANEL;
 constexpr int KEY_PRODUCTS = (HEAD_DIM + 15) / 16;  // of 16 columns
-constexpr int SUMS = VALUE_DIM <= 16 ? 8 : VALUE_PANELS * PANEL / 2;
+constexpr int SUMS = VALUE_DIM <= 8 ? 4 : VALUE_DIM <= 16 ? 8 : VALUE_PANELS * PANEL / 2;
 constexpr int ROW_BYTES = 2 * PANEL;  // of a panel
 constexpr int QUERY_PART = KEY_PANELS * ROWS * ROW_BYTES, QUERY_BYTES = PARTS * QUERY_PART;
 constexpr int KEY_PART = KEY_PANELS * KEYS * ROW_BYTES, KEY_BYTES = PARTS * KEY_PART;  // of a stage
