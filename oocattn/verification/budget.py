@@ -65,7 +65,7 @@ def fit(
     sizes, one_row = _Sizes(always, host_memory), max(reader.nbytes(1) for reader in readers.values())
 
     def recomputing(key_rows: int, rows: int, threads: int) -> int:
-        return one_row + threads * recompute_bytes(problem, dataset, rows, key_rows)
+        return one_row + recompute_bytes(problem, dataset, rows, key_rows, threads)
 
     key_rows = sizes.fit(KEY_ROWS, LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
     sample = Tiles(key_rows, GROUP_ROWS, sizes.fit_threads(partial(recomputing, key_rows, rows)))

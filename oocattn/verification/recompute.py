@@ -5,13 +5,13 @@ Nothing of a run is reused here: no kernel, no merge, no division; the formula o
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import defaultdict
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, nan
-from operator import attrgetter
-from typing import Literal
+from operator import itemgetter
 
 import numpy as np
 
@@ -21,18 +21,20 @@ from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.rows import RowReader
 from oocattn.threads import ThreadPool, map_in_order
-from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
 from oocattn.verification.findings import RowCheck
+from oocattn.verification.groups import RowGroup, SharedKeys, TileMemory, rows_that_share_keys
 from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF
 from oocattn.verification.sampling import SampledRow, sample_rows
-from oocattn.verification.softmax import Array64, Rows, Softmax
+from oocattn.verification.softmax import Array64, Sums, Tile, TileSums, most_borders
 
 KEY_ROWS = 8192
 """Keys that are read and attended at a time, at most."""
 
 GROUP_ROWS = 256
 """Rows of one head group that are recomputed together, at most; for more of them K and V are read again."""
+
+AHEAD = 2  # tiles that are begun for each thread, so that none waits for the next
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,8 @@ def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
     return np.where(special, np.where(same, 0.0, np.inf), ulps)
 
 
-def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int) -> int:
-    """Host memory, in bytes, to recompute `rows` rows by tiles of keys."""
+def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int, threads: int = 1) -> int:
+    """Host memory, in bytes, to recompute `rows` rows by tiles of keys in so many threads."""
     members, dims = min(rows, GROUP_ROWS), problem.head_dim + problem.value_dim
     biases = 12 * min(problem.bias_heads, members)  # as read, and in float64
     tile = (
@@ -125,10 +127,15 @@ def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int
     )  # float64, as read, masks; hashes; order and positions
     terms = 0 if problem.is_plain else 2 * 8  # terms, and their rounding
     weights = members * (5 * 8 + 2 * 8 + 5 + terms)  # scores, weights and what errors they have; temporaries; masks
-    state = members * 8 * (8 * problem.head_dim + 16 * problem.value_dim + 40)  # query, sums, what is added; exact rows
-    repeats = 4 * slots_for(problem.keys)
+    work = members * 8 * (4 * problem.head_dim + 16 * problem.value_dim + 40)  # what is added; queries' sizes; exact rows
     decoding = max(array.decode_bytes for array in dataset.arrays.values())
-    return min(key_rows, problem.keys) * (tile + weights) + state + repeats + decoding
+    key_rows = min(key_rows, problem.keys)
+    of_thread = key_rows * (tile + weights) + work + decoding
+    # of each tile in flight, its own sums and those of its group: a short one, or one of two that are long
+    sums = members * 8 * (14 * problem.value_dim + 3 * problem.head_dim + 60)
+    partial = most_borders(key_rows) * members * 8 * (problem.value_dim + 2)
+    flying = AHEAD * threads + 2
+    return threads * of_thread + flying * (sums + partial + 8 * slots_for(key_rows)) + 2 * 4 * slots_for(problem.keys)
 
 
 def recompute_rows(
@@ -150,42 +157,44 @@ def recompute_rows(
 def recompute_places(
     problem: Problem, dataset: Dataset, places: Iterable[SampledRow], tiles: Tiles, weight_roundoff: float
 ) -> Iterator[ExactRow]:
-    """Recompute rows in float64; those that share keys together, others in other threads.
+    """Recompute rows in float64, those that share keys together. Threads take tiles of keys of all of them, one by one.
 
-    What is allowed counts softmax weights as rounded to `weight_roundoff`.
+    What is found does not depend on the threads: each tile is summed by itself, and sums are added in their order. What is
+    allowed counts softmax weights as rounded to `weight_roundoff`.
     """
+    groups = list(rows_that_share_keys(problem, places, tiles.rows))
+    members = max((len(shared.places) for shared in groups), default=0)
+    keys = min(tiles.keys, max((shared.attended.keys for shared in groups), default=0))
+    of_thread = threading.local()
 
-    def recompute(batch: int, kv_head: int, members: list[SampledRow], ranges: Int64s) -> list[ExactRow]:
-        read = _Reader(problem, dataset, batch, kv_head, min(tiles.keys, problem.keys))
-        return list(_recompute(problem, read, members, AttendedKeys(ranges), weight_roundoff))
+    def sum_tile(group: RowGroup, tile: Tile | None) -> tuple[RowGroup, TileSums | None]:
+        if not hasattr(of_thread, "memory"):
+            of_thread.memory = TileMemory(problem, members, keys)
+        return group, None if tile is None else group.sum_tile(tile, of_thread.memory)
+
+    def calls() -> Iterator[tuple[RowGroup, Tile | None]]:
+        for shared in groups:
+            group = RowGroup(problem, dataset, shared, weight_roundoff)
+            if not shared.attended.keys:
+                yield group, None
+            yield from ((group, tile) for tile in group.tiles(tiles.keys))
 
     with ThreadPool(tiles.threads, "oocattn-recompute") as pool:
-        for found in map_in_order(pool, recompute, _together(problem, places, tiles.rows), tiles.threads):
-            yield from found
+        summed = map_in_order(pool, sum_tile, calls(), AHEAD * tiles.threads)
+        for group, found in itertools.groupby(summed, itemgetter(0)):
+            softmax = group.softmax()
+            with np.errstate(all="ignore"):
+                for _, sums in found:
+                    if sums is not None:
+                        softmax.merge(sums)
+                exact = softmax.sums()
+            yield from _rows(group.shared, exact)
 
 
-def _together(
-    problem: Problem, places: Iterable[SampledRow], most: int
-) -> Iterator[tuple[int, int, list[SampledRow], Int64s]]:
-    """Rows that are recomputed together, at most so many: batch entry, head of keys, rows, and the ranges of their keys."""
-    groups = defaultdict(list)
-    for place in places:
-        groups[place.batch, query_head(problem, place) // (problem.query_heads // problem.kv_heads)].append(place)
-    for (batch, kv_head), members in groups.items():
-        members.sort(key=attrgetter("token", "head"))
-        ranges = attended_ranges(problem, batch, query_tokens(problem, members))
-        for part in groups_of(ranges, most):
-            yield batch, kv_head, members[part], ranges[part]
-
-
-def query_head(problem: Problem, place: SampledRow) -> int:
-    """The query head of a row of `out`."""
-    return place.head if problem.heads is None else problem.heads[place.head]
-
-
-def query_tokens(problem: Problem, places: Sequence[SampledRow]) -> Int64s:
-    """The rows of q that rows of `out` are computed from: int64 [rows]."""
-    return problem.rows_asked[0] + np.asarray([place.token for place in places])
+def _rows(shared: SharedKeys, found: Sums) -> Iterator[ExactRow]:
+    columns = (found.lse, found.size, found.allowed, found.allowed_lse)
+    for place, out, *of_row in zip(shared.places, found.out, *columns, strict=True):
+        yield ExactRow(place.batch, place.head, place.token, place.strata, out, *map(float, of_row))
 
 
 def _difference(found: Array64, expected: Array64) -> Array64:
@@ -197,61 +206,3 @@ def _difference(found: Array64, expected: Array64) -> Array64:
 
 def _norm(numbers: Array64) -> float:
     return float(np.sqrt(np.sum(numbers * numbers)))
-
-
-class _Reader:
-    """Reads rows of one head group, in float64, into buffers that are used again."""
-
-    def __init__(self, problem: Problem, dataset: Dataset, batch: int, kv_head: int, key_rows: int) -> None:
-        self._problem, self._arrays = problem, dataset.arrays
-        self.batch, self._kv_head, self.key_rows = batch, kv_head, key_rows
-        dtype, dims = numpy_dtype(problem.dtype), {"k": problem.head_dim, "v": problem.value_dim}
-        self._raw = {name: np.empty((key_rows, dim), dtype) for name, dim in dims.items()}
-        self._tiles = {name: np.empty((key_rows, dim)) for name, dim in dims.items()}
-        self._bias = np.empty(key_rows if problem.bias_heads else 0, np.float32)
-
-    def query(self, places: Sequence[SampledRow]) -> Array64:
-        """The queries of rows of `out`: [rows, D]."""
-        raw, found = self._raw["k"][:1], np.empty((len(places), self._problem.head_dim))
-        for index, (place, token) in enumerate(zip(places, query_tokens(self._problem, places).tolist(), strict=True)):
-            self._arrays["q"].read_rows(self.batch, query_head(self._problem, place), token, token + 1, raw)
-            found[index] = raw[0]
-        return found
-
-    def keys(self, name: Literal["k", "v"], start: int, stop: int) -> Array64:
-        """Keys or values [n, D or Dv], until they are read again."""
-        raw, tile = self._raw[name][: stop - start], self._tiles[name][: stop - start]
-        self._arrays[name].read_rows(self.batch, self._kv_head, start, stop, raw)
-        np.copyto(tile, raw)
-        return tile
-
-    def bias(self, heads: Sequence[int], start: int, stop: int) -> Array64 | None:
-        """The key bias of rows of these query heads: [rows or 1, n]; None where there is none."""
-        if not self._problem.bias_heads:
-            return None
-        shared = self._problem.bias_heads == 1
-        of_heads, raw = {}, self._bias[: stop - start]
-        for head in [0] if shared else sorted(set(heads)):
-            self._arrays["key_bias"].read_rows(self.batch, head, start, stop, raw)
-            of_heads[head] = raw.astype(np.float64)
-        return np.stack([of_heads[head] for head in ([0] if shared else heads)])
-
-
-def _recompute(
-    problem: Problem, read: _Reader, places: Sequence[SampledRow], attended: AttendedKeys, weight_roundoff: float
-) -> Iterator[ExactRow]:
-    """Each of these rows of one head group in float64."""
-    heads = [query_head(problem, place) for place in places]
-    positions = key_positions(problem, read.batch, query_tokens(problem, places))
-    slopes, sinks = problem.given.alibi_slopes, problem.given.learnable_sink
-    of_entry = slopes if slopes is None or slopes.ndim == 1 else slopes[read.batch]
-    of_heads = (None if array is None else array[heads].astype(np.float64) for array in (of_entry, sinks))
-    softmax = Softmax(problem, Rows(read.query(places), positions, *of_heads), attended, read.key_rows, weight_roundoff)
-    with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
-        for start, stop in attended.tiles(read.key_rows):
-            softmax.weigh(read.keys("k", start, stop), start, read.bias(heads, start, stop))
-            softmax.add(read.keys("v", start, stop), start)
-        found = softmax.sums()
-    columns = (found.lse, found.size, found.allowed, found.allowed_lse)
-    for place, out, *of_row in zip(places, found.out, *columns, strict=True):
-        yield ExactRow(place.batch, place.head, place.token, place.strata, out, *map(float, of_row))

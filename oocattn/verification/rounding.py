@@ -28,7 +28,7 @@ of the squares of c such keys is c times as large. `SIGMAS` standard deviations 
 scores of a few units counts as of one sign, because keys that differ little may have nearly equal errors, too.
 
 Libraries block sums over keys: a partial sum has hundreds of terms, whatever n is. The numbers of additions and the
-factors of merges and exponentials in `_of_out` and `_of_lse` were measured with torch on CPUs. Over thousands of random
+factors of merges and exponentials in `allowance.py` were measured with torch on CPUs. Over thousands of random
 problems of every kind, the largest float32 errors are 0.8 of what is allowed; on unit-normal inputs, the median
 allowance is 5 to 11 times the median error.
 """
@@ -36,13 +36,13 @@ allowance is 5 to 11 times the median error.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from oocattn.verification.error_sums import ErrorSums
 from oocattn.verification.products import multiply, weigh
-from oocattn.verification.repeats import Repeats
 
 Array64 = npt.NDArray[np.float64]
 
@@ -72,83 +72,45 @@ SCORE_OVERFLOW = 2.0**126
 
 LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
 REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
-_MOST_RAISED = 30.0  # of an exponent, so that nothing overflows
+_MOST_RAISED = 200.0  # of an exponent, above the largest score of a tile: neither sums nor their products overflow
 
 
-@dataclass(frozen=True)
-class Allowance:
-    """What float32 may lose in rows, both [rows] and absolute; `out` is a norm over Dv."""
-
-    out: Array64
-    lse: Array64
+def see_sinks(sums: ErrorSums, sinks: Array64) -> None:
+    """Take the learnable sinks [rows]: scores of weight 1 that no value goes with."""
+    sums.slope += sinks
+    sums.random.total += VARIANCE * 2 * UNIT**2
 
 
-class _Moments:
-    """Sums over keys of x_j, of x_j v_j and of x_j |v_j|^2, for some rows."""
+class TileErrors:
+    """Collects, of one tile of keys, what the allowance of some rows of one head group follows from: `sums`.
 
-    def __init__(self, rows: int, value_dim: int) -> None:
-        self.total, self.square = np.zeros(rows), np.zeros(rows)
-        self.vector = np.zeros((rows, value_dim))
-
-    def scale(self, factor: Array64) -> None:
-        self.total *= factor
-        self.square *= factor
-        self.vector *= factor[:, None]
-
-    def add(self, weights: Array64, value: Array64, squares: Array64) -> None:
-        self.total += weights.sum(axis=1)
-        self.square += np.vecdot(weights, squares)
-        self.vector += weigh(weights, value)
-
-    def about(self, out: Array64) -> Array64:
-        """The sum of x_j |v_j - out|^2."""
-        cross = np.einsum("md,md->m", out, self.vector)
-        found: Array64 = np.maximum(self.square - 2 * cross + self.total * np.einsum("md,md->m", out, out), 0.0)
-        return found
-
-
-class RoundingErrors:
-    """Collects, key by key, what the allowance of some rows of one head group follows from.
-
-    Of each tile of keys come, in this order: the products (`see_products`), the terms of the scores as they are applied
-    (`see_cap`, `see_bias`), the scores, the weights and the values. `weight_roundoff` is that of the dtype that softmax
-    weights were rounded to.
+    In this order come the products (`see_products`), the terms of the scores as they are applied (`see_cap`, `see_bias`),
+    the scores, the weights and the values. `weight_roundoff` is that of the dtype that softmax weights were rounded to. What
+    is known of each score lies in three `buffers` [rows, n].
     """
 
     def __init__(
-        self, query: Array64, scale: float, value_dim: int, keys: int, key_rows: int, weight_roundoff: float = UNIT
+        self, query: Array64, scale: float, value_dim: int, weight_roundoff: float, buffers: Sequence[Array64]
     ) -> None:
-        rows, head_dim = query.shape
-        self._head_dim, self._value_dim, self._scale, self._weight_roundoff = head_dim, value_dim, scale, weight_roundoff
-        self._sizes_of_query, self._squares_of_query = np.abs(query), query * query
-        self._systematic, self._random, self._partials = (_Moments(rows, value_dim) for _ in range(3))
-        self._slope, self._slope_vector = np.zeros(rows), np.zeros((rows, value_dim))
-        self._rounded = _Moments(rows, value_dim) if weight_roundoff > UNIT else None
-        self._largest_value, self._square_of_values, self._spread = (np.zeros(rows) for _ in range(3))
-        self._drift, self._peak, self._repeated = np.zeros(rows), np.zeros(rows), np.zeros(rows)
-        self._largest_sum, self._largest_error = np.zeros(rows), np.zeros(rows)
-        self._reach, self._lost = np.full(rows, -np.inf), np.full(rows, -np.inf)
-        self._repeats = Repeats(keys, head_dim)
-        self._buffers = [np.empty(rows * key_rows) for _ in range(3)]
+        rows, self._head_dim = query.shape
+        self._scale, self._query = scale, query
+        self._errors, self._variances, self._scratch = buffers
         self._overflow: npt.NDArray[np.bool_] | None = None
+        self.sums = ErrorSums(rows, value_dim, weight_roundoff > UNIT)
 
-    def see_sinks(self, sinks: Array64) -> None:
-        """Take the learnable sinks [rows], before any key: scores of weight 1 that no value goes with."""
-        self._slope += sinks
-        self._random.total += VARIANCE * 2 * UNIT**2
-
-    def see_products(self, key: Array64, scores: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
+    def see_products(
+        self, key: Array64, occurrences: Array64, scores: Array64, hidden: npt.NDArray[np.bool_] | None
+    ) -> None:
         """Take the keys [n, D], which are overwritten, and their products with the queries, scaled: `scores` [rows, n].
 
-        Rows attend all of the keys but those that are `hidden` [rows, n].
+        `occurrences` [n] says which occurrence of itself each key is. Rows attend all of the keys but those that are
+        `hidden` [rows, n].
         """
-        self._coherence = 2 * self._repeats.count(key) - 1  # of c equal keys, these sum up to c^2
-        error, variance, sizes = self._errors, self._variances, self._scratch = [
-            buffer[: scores.size].reshape(scores.shape) for buffer in self._buffers
-        ]
-        multiply(self._sizes_of_query, np.abs(key, out=key), out=sizes)
+        self._coherence = 2 * occurrences - 1  # of c equal keys, these sum up to c^2
+        error, variance, sizes = self._errors, self._variances, self._scratch
+        multiply(np.abs(self._query), np.abs(key, out=key), out=sizes)
         sizes *= self._scale
-        multiply(self._squares_of_query, np.multiply(key, key, out=key), out=variance)
+        multiply(self._query * self._query, np.multiply(key, key, out=key), out=variance)
         np.abs(scores, out=error)
         masked = ~(np.isfinite(error) & np.isfinite(sizes))
         self._hidden = np.broadcast_to(False, scores.shape) if hidden is None else hidden
@@ -204,12 +166,11 @@ class RoundingErrors:
             np.copyto(array, 0.0, where=masked)
         del masked
         error[...] = self._off()
-        np.maximum(self._largest_error, error.max(axis=1), out=self._largest_error)
+        self.sums.largest_error = error.max(axis=1)
         if self._overflow is not None:
-            np.maximum(self._lost, np.where(self._overflow, scores + error, -np.inf).max(axis=1), out=self._lost)
-        if self._largest_error.max() > LARGE:
-            reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
-            np.maximum(self._reach, reach, out=self._reach)
+            self.sums.lost = np.where(self._overflow, scores + error, -np.inf).max(axis=1)
+        if self.sums.largest_error.max() > LARGE:
+            self.sums.reach = np.where(error > LARGE, scores + error, -np.inf).max(axis=1)
         np.minimum(error, 4 * SIGMAS * UNIT * math.sqrt(VARIANCE * self._head_dim), out=cut)  # of which all counts as random
         error -= cut
         cut /= SIGMAS
@@ -226,33 +187,27 @@ class RoundingErrors:
         if sizes.max(initial=0.0) <= largest:
             return None
         scores = np.where(masked, 0.0, scores)
-        np.maximum(self._largest_sum, (sizes + scores).max(axis=1) / 2 / largest, out=self._largest_sum)
+        np.maximum(self.sums.largest_sum, (sizes + scores).max(axis=1) / 2 / largest, out=self.sums.largest_sum)
         overflow: npt.NDArray[np.bool_] = (sizes - scores) / 2 > largest
         return overflow
 
     def _see_overflow(self, bias: Array64) -> None:
         """Take terms that may overflow."""
         large = (np.abs(bias) > SCORE_OVERFLOW) & np.isfinite(bias) & ~self._hidden
-        self._largest_sum[(large & (bias > 0)).any(axis=1)] = np.inf
+        self.sums.largest_sum[(large & (bias > 0)).any(axis=1)] = np.inf
         overflow = large & (bias < 0)
         self._overflow = overflow if self._overflow is None else self._overflow | overflow
 
-    def see_weights(self, scores: Array64, weights: Array64, shift: Array64, kept: Array64) -> None:
-        """Take the weights exp(scores - shift); earlier sums keep the share `kept`."""
-        for array in (self._slope, self._drift, self._peak, self._repeated, self._square_of_values, self._spread):
-            array *= kept
-        self._slope_vector *= kept[:, None]
-        self._systematic.scale(kept)
-        for moments in filter(None, (self._random, self._partials, self._rounded)):
-            moments.scale(kept * kept)
-        self._repeated += np.vecdot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
+    def see_weights(self, scores: Array64, weights: Array64, shift: Array64) -> None:
+        """Take the weights exp(scores - shift)."""
+        self.sums.repeated += np.vecdot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
         error, variance, scratch = self._errors, self._variances, self._scratch
         error += scores
         error -= shift[:, None]
         np.minimum(error, _MOST_RAISED, out=error)
         np.exp(error, out=error)
         error -= weights
-        self._spread += np.einsum("mn,mn->m", weights, np.sqrt(variance, out=scratch))
+        self.sums.spread += np.einsum("mn,mn->m", weights, np.sqrt(variance, out=scratch))
         variance += VARIANCE * 2 * UNIT**2  # of exp, and of its argument
         variance *= self._coherence
         variance *= weights
@@ -262,88 +217,16 @@ class RoundingErrors:
 
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
         """Take the values [n, Dv], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
-        squares = lengths * lengths
-        self._square_of_values += np.vecdot(weights, squares)
-        self._systematic.add(self._errors, value, squares)
-        self._random.add(self._variances, value, squares)
-        if self._rounded is not None:
-            self._rounded.add(self._coherence * weights * weights, value, squares)
-        self._slope += self._scratch.sum(axis=1)
-        self._slope_vector += weigh(self._scratch, value)
+        sums, squares = self.sums, lengths * lengths
+        sums.square_of_values += np.vecdot(weights, squares)
+        sums.systematic.add(self._errors, value, squares)
+        sums.random.add(self._variances, value, squares)
+        if sums.rounded is not None:
+            sums.rounded.add(self._coherence * weights * weights, value, squares)
+        sums.slope += self._scratch.sum(axis=1)
+        sums.slope_vector += weigh(self._scratch, value)
         attended = self._scratch  # used up
         np.copyto(attended, lengths)
         if hidden is not None:
             np.copyto(attended, 0.0, where=hidden)
-        np.maximum(self._largest_value, attended.max(axis=1), out=self._largest_value)
-
-    def see_partial_sum(self, num: Array64, size: Array64, den: Array64, keys: npt.NDArray[np.int64]) -> None:
-        """Take the present sums: of weight times value, of weight times |value|, of weights. They stand for so many keys."""
-        squares = np.einsum("md,md->m", num, num)
-        self._partials.total += keys * den * den
-        self._partials.vector += (keys * den)[:, None] * num
-        self._partials.square += keys * squares
-        np.maximum(self._peak, np.sqrt(squares), out=self._peak)
-        np.maximum(self._drift, 2 * np.sqrt(squares) - size, out=self._drift)
-
-    def allowance(
-        self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
-    ) -> Allowance:
-        """The allowance of rows with these exact results.
-
-        Given are `out` [rows, Dv], lse, largest scores, sums and numbers of keys. Nothing is lost of a row without a key, or
-        whose scores are all -Inf: its weights are 0 in any arithmetic.
-        """
-        empty, keys = np.isneginf(maximum), np.maximum(keys, 1)
-        out, lse, rise = (np.where(np.isfinite(array), array, 0.0) for array in (out, lse, lse - maximum))
-        den = np.where(den > 0, den, 1.0)
-        matter = lse - 10 - np.log(keys)  # from such a score on, together
-        unknown = self._reach > matter  # keys that matter have errors that are not small
-        steady = np.where(unknown, self._largest_error, self._systematic.total / den)
-        of_out, of_lse = self._of_out(out, lse, den, size, keys), self._of_lse(lse, rise, den, steady, keys)
-        anything = 1.01 * (np.linalg.norm(out, axis=1) + self._largest_value)  # out is a mean of values
-        of_out = np.minimum(np.where(unknown, np.inf, of_out), anything)
-        overflows = (self._largest_sum > 1) | (self._lost > matter) | (size > OVERFLOW)
-        of_out, of_lse = (np.where(overflows, np.inf, allowed) for allowed in (of_out, of_lse))
-        of_out, of_lse = (np.where(empty, 0.0, allowed) for allowed in (of_out, of_lse))
-        return Allowance(np.where(np.isnan(of_out), 0.0, of_out), np.where(np.isnan(of_lse), 0.0, of_lse))  # of rows of NaN
-
-    def _of_out(self, out: Array64, lse: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]) -> Array64:
-        length = np.linalg.norm(out, axis=1)
-        deviation = UNIT * math.sqrt(VARIANCE)
-        partial = np.sqrt(self._partials.square / keys)
-        if self._value_dim == 1:  # the product with one column is a dot product, whose lanes add up keys that lie apart
-            partial = np.maximum(partial, size)
-        varying = [
-            np.sqrt(self._random.about(out)) / den,
-            deviation * np.sqrt(np.minimum(keys, 128 + keys / 128)) * partial / den,
-            2 * deviation * (np.abs(lse) + 2) * np.sqrt(self._partials.about(out) / keys) / den,  # merges of whole spans
-        ]
-        steady = [
-            np.sqrt(self._systematic.total * self._systematic.about(out)) / den,
-            2 * UNIT * np.linalg.norm(self._slope_vector - out * self._slope[:, None], axis=1) / den,
-            UNIT / 2 * np.sqrt(np.maximum(self._square_of_values / den - length**2, 0.0)),  # of exp, where values go with it
-            UNIT / 2 * np.minimum(keys, 256 + keys / 256) * np.maximum(self._drift, self._repeated * self._peak / den) / den,
-            2 * UNIT * length,
-            keys * (SMALLEST["float32"] * math.sqrt(self._value_dim) + 2.0**-126 * self._largest_value),  # underflow
-        ]
-        if self._rounded is not None:  # weights one by one, or all alike where they are equal; partial results of libraries
-            rounded = [np.sqrt(self._rounded.about(out)) / den, length, partial / den]
-            spread = math.sqrt(VARIANCE / 2) * (1 + SIGMAS / math.sqrt(2 * self._value_dim))  # of a norm over Dv elements
-            most = np.maximum(FEW_WEIGHTS * spread * np.linalg.norm(rounded, axis=0), self._drift / den)
-            steady.append(self._weight_roundoff * most)
-        allowed: Array64 = np.sum(steady, axis=0) + SIGMAS * np.linalg.norm(varying, axis=0)
-        return allowed
-
-    def _of_lse(self, lse: Array64, rise: Array64, den: Array64, steady: Array64, keys: npt.NDArray[np.int64]) -> Array64:
-        of_den = UNIT * np.sqrt(VARIANCE / 3 * np.minimum(keys, 16 + keys / 512))
-        varying = np.sqrt(self._random.total / den**2 + of_den**2)
-        steady = steady + 2 * UNIT * np.abs(self._slope) / den + (UNIT if self._rounded is None else MATRIX_UNITS)
-        steady += self._spread / den  # a standard deviation that all keys share, as where they are nearly equal
-        return 1.5 * half_spacing(lse) + half_spacing(rise) + steady + SIGMAS * varying
-
-
-def half_spacing(numbers: Array64) -> Array64:
-    """The largest error of rounding numbers of such a size to float32."""
-    _, exponent = np.frexp(np.maximum(np.abs(numbers), 2.0**-100))
-    spacing: Array64 = np.ldexp(UNIT, exponent - 1)
-    return spacing
+        np.maximum(sums.largest_value, attended.max(axis=1), out=sums.largest_value)
