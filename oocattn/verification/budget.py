@@ -17,6 +17,7 @@ from oocattn.storage.results.rows import RowReader
 from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, Sizes
 from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared
+from oocattn.verification.chunk_cache import chunk_bytes, most_chunks
 from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, Tiles, recompute_bytes
 
 MOST_THREADS = 16  # of more, each waits for Python's lock
@@ -67,16 +68,21 @@ def fit(
     def recomputing(key_rows: int, rows: int, threads: int) -> int:
         return one_row + recompute_bytes(problem, dataset, rows, key_rows, threads)
 
+    def tiles(key_rows: int, group_rows: int, rows: int) -> Tiles:
+        threads = sizes.fit_threads(partial(recomputing, key_rows, rows))
+        of_chunk, beside = chunk_bytes(dataset, key_rows), recomputing(key_rows, rows, threads)
+        chunks = sizes.fit(most_chunks(dataset, key_rows, threads), 0, lambda count: beside + count * of_chunk)
+        return Tiles(key_rows, group_rows, threads, chunks)
+
     key_rows = sizes.fit(KEY_ROWS, LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
-    sample = Tiles(key_rows, GROUP_ROWS, sizes.fit_threads(partial(recomputing, key_rows, rows)))
+    sample = tiles(key_rows, GROUP_ROWS, rows)
     steps = {name: _fit_step(sizes, readers[name], recorded.rows) for name, recorded in checksums.items()}
     all_rows = None
     if second is not None:
         block_rows = sizes.fit(BLOCK_ROWS, LEAST_ROWS, partial(second.nbytes, threads=1))
         group_rows = sizes.fit(GROUP_ROWS, 1, partial(recomputing, key_rows, threads=1))
-        tiles = Tiles(key_rows, group_rows, sizes.fit_threads(partial(recomputing, key_rows, group_rows)))
         comparing = sizes.fit_threads(partial(second.nbytes, block_rows), MOST_COMPARING)
-        all_rows = Sizes(block_rows, comparing, tiles)
+        all_rows = Sizes(block_rows, comparing, tiles(key_rows, group_rows, group_rows))
     sizes.check()
     return Fitted(sample, steps, all_rows)
 

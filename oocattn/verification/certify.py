@@ -194,6 +194,7 @@ class _Result:
             seed=seed,
             key_rows=fitted.sample.keys,
             threads=fitted.sample.threads,
+            chunks=fitted.sample.chunks,
             weight_roundoff=self.weight_roundoff,
         )
         checks = [check_row(problem, row, self.readers) for row in exact]

@@ -19,6 +19,7 @@ from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
+from oocattn.verification.chunk_cache import ChunkCache
 from oocattn.verification.repeats import Repeats
 from oocattn.verification.sampling import SampledRow
 from oocattn.verification.softmax import BUFFERS, Array64, Rows, Softmax, Tile, TileSoftmax, TileSums
@@ -61,8 +62,10 @@ class TileMemory:
 class RowGroup:
     """Rows that share keys, in float64. What it holds for all of its tiles, it holds from the first one on."""
 
-    def __init__(self, problem: Problem, dataset: Dataset, shared: SharedKeys, weight_roundoff: float) -> None:
-        self._problem, self._arrays, self._weight_roundoff = problem, dataset.arrays, weight_roundoff
+    def __init__(
+        self, problem: Problem, dataset: Dataset, keys: ChunkCache, shared: SharedKeys, weight_roundoff: float
+    ) -> None:
+        self._problem, self._arrays, self._keys, self._weight_roundoff = problem, dataset.arrays, keys, weight_roundoff
         self.shared = shared
         self._heads = [query_head(problem, place) for place in shared.places]
         self._repeats, self._turns = Repeats(shared.attended.keys, problem.head_dim), Turns()
@@ -115,7 +118,7 @@ class RowGroup:
         """Keys or values [n, D or Dv] of a tile, until the memory is used again."""
         found = memory.tile(name, tile.stop - tile.start)
         raw = memory.raw(*found.shape)
-        self._arrays[name].read_rows(self.shared.batch, self.shared.kv_head, tile.start, tile.stop, raw)
+        self._keys.read(name, self.shared.batch, self.shared.kv_head, range(tile.start, tile.stop), raw)
         np.copyto(found, raw)
         return found
 

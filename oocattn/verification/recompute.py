@@ -21,6 +21,7 @@ from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.results.rows import RowReader
 from oocattn.threads import ThreadPool, map_in_order
+from oocattn.verification.chunk_cache import ChunkCache
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.groups import RowGroup, SharedKeys, TileMemory, rows_that_share_keys
 from oocattn.verification.repeats import slots_for
@@ -39,11 +40,15 @@ AHEAD = 2  # tiles that are begun for each thread, so that none waits for the ne
 
 @dataclass(frozen=True)
 class Tiles:
-    """How many keys are attended at a time, by how many rows together, at most, and in how many threads that is done."""
+    """How many keys are attended at a time, by how many rows together, at most, and in how many threads that is done.
+
+    `chunks` are those that are kept once they are decoded.
+    """
 
     keys: int
     rows: int
     threads: int
+    chunks: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,11 +152,12 @@ def recompute_rows(
     seed: int,
     key_rows: int = KEY_ROWS,
     threads: int = 1,
+    chunks: int = 0,
     weight_roundoff: float = UNIT_ROUNDOFF["float32"],
 ) -> Iterator[ExactRow]:
     """Recompute the rows of `sample_rows`, as `recompute_places`."""
     places = sample_rows(problem, borders, rows, seed)
-    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads), weight_roundoff)
+    return recompute_places(problem, dataset, places, Tiles(key_rows, GROUP_ROWS, threads, chunks), weight_roundoff)
 
 
 def recompute_places(
@@ -165,7 +171,7 @@ def recompute_places(
     groups = list(rows_that_share_keys(problem, places, tiles.rows))
     members = max((len(shared.places) for shared in groups), default=0)
     keys = min(tiles.keys, max((shared.attended.keys for shared in groups), default=0))
-    of_thread = threading.local()
+    cache, of_thread = ChunkCache(dataset.arrays, tiles.keys, tiles.chunks), threading.local()
 
     def sum_tile(group: RowGroup, tile: Tile | None) -> tuple[RowGroup, TileSums | None]:
         if not hasattr(of_thread, "memory"):
@@ -174,7 +180,7 @@ def recompute_places(
 
     def calls() -> Iterator[tuple[RowGroup, Tile | None]]:
         for shared in groups:
-            group = RowGroup(problem, dataset, shared, weight_roundoff)
+            group = RowGroup(problem, dataset, cache, shared, weight_roundoff)
             if not shared.attended.keys:
                 yield group, None
             yield from ((group, tile) for tile in group.tiles(tiles.keys))

@@ -98,4 +98,5 @@ def test_a_dataset_that_must_be_decoded_is_counted(large: Path, tmp_path: Path) 
         oocattn.verify(large, host_memory=1, rows=8, inputs=compressed)
     least = int(re.search(r"(\d+)MiB$", str(refused.value))[1]) * MIB
     assert least >= 16 * MIB
-    assert peak_of(lambda: oocattn.verify(large, rows=8, host_memory=least, inputs=compressed)) <= least
+    for budget in (least, least + 10 * MIB, 256 * MIB):  # with chunks that are kept, too
+        assert peak_of(lambda given=budget: oocattn.verify(large, rows=8, host_memory=given, inputs=compressed)) <= budget
