@@ -186,7 +186,9 @@ def recompute_places(
             yield from ((group, tile) for tile in group.tiles(tiles.keys))
 
     with ThreadPool(tiles.threads, "oocattn-recompute") as pool:
-        summed = map_in_order(pool, sum_tile, calls(), AHEAD * tiles.threads)
+        summed: Iterator[tuple[RowGroup, TileSums | None]] = itertools.starmap(sum_tile, calls())
+        if tiles.threads > 1:  # alone, a thread of the pool and this one would take turns
+            summed = map_in_order(pool, sum_tile, calls(), AHEAD * tiles.threads)
         for group, found in itertools.groupby(summed, itemgetter(0)):
             softmax = group.softmax()
             with np.errstate(all="ignore"):
