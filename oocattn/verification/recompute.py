@@ -127,19 +127,19 @@ def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int
     """Host memory, in bytes, to recompute `rows` rows by tiles of keys in so many threads."""
     members, dims = min(rows, GROUP_ROWS), problem.head_dim + problem.value_dim
     biases = 12 * min(problem.bias_heads, members)  # as read, and in float64
-    tile = (
-        dims * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8 + biases
-    )  # float64, as read, masks; hashes; order and positions
+    # float64, as read, masks; hashes; order and positions
+    tile = dims * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8 + biases
     terms = 0 if problem.is_plain else 2 * 8  # terms, and their rounding
     weights = members * (5 * 8 + 2 * 8 + 5 + terms)  # scores, weights and what errors they have; temporaries; masks
     work = members * 8 * (4 * problem.head_dim + 16 * problem.value_dim + 40)  # what is added; queries' sizes; exact rows
     decoding = max(array.decode_bytes for array in dataset.arrays.values())
     key_rows = min(key_rows, problem.keys)
     of_thread = key_rows * (tile + weights) + work + decoding
-    # of each tile in flight, its own sums and those of its group: a short one, or one of two that are long
+    # Tiles in flight: the sums of each and of its group. Counts of repeated keys are few in a group that begins and ends
+    # among them: but two groups go on beyond them.
+    flying = AHEAD * threads + 2
     sums = members * 8 * (14 * problem.value_dim + 3 * problem.head_dim + 60)
     partial = most_borders(key_rows) * members * 8 * (problem.value_dim + 2)
-    flying = AHEAD * threads + 2
     return threads * of_thread + flying * (sums + partial + 8 * slots_for(key_rows)) + 2 * 4 * slots_for(problem.keys)
 
 
