@@ -137,7 +137,7 @@ def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int
     of_thread = key_rows * (tile + weights) + work + decoding
     # Tiles in flight: the sums of each and of its group. Counts of repeated keys are few in a group that begins and ends
     # among them: but two groups go on beyond them.
-    flying = AHEAD * threads + 2
+    flying = 2 if threads == 1 else AHEAD * threads + 2
     sums = members * 8 * (14 * problem.value_dim + 3 * problem.head_dim + 60)
     partial = most_borders(key_rows) * members * 8 * (problem.value_dim + 2)
     return threads * of_thread + flying * (sums + partial + 8 * slots_for(key_rows)) + 2 * 4 * slots_for(problem.keys)
