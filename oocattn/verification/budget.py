@@ -18,7 +18,7 @@ from oocattn.units import ceil_div, format_bytes
 from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, Sizes
 from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared
 from oocattn.verification.chunk_cache import chunk_bytes, most_chunks
-from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, Tiles, recompute_bytes
+from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, Tiles, most_key_rows, recompute_bytes
 
 MOST_THREADS = 16  # of more, each waits for Python's lock
 MOST_COMPARING = 8  # the same, where all rows are compared: measured on 16 cores
@@ -74,12 +74,13 @@ def fit(
         chunks = sizes.fit(most_chunks(dataset, key_rows, threads), 0, lambda count: beside + count * of_chunk)
         return Tiles(key_rows, group_rows, threads, chunks)
 
-    key_rows = sizes.fit(KEY_ROWS, LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
+    key_rows = sizes.fit(most_key_rows(rows), LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
     sample = tiles(key_rows, GROUP_ROWS, rows)
     steps = {name: _fit_step(sizes, readers[name], recorded.rows) for name, recorded in checksums.items()}
     all_rows = None
     if second is not None:
         block_rows = sizes.fit(BLOCK_ROWS, LEAST_ROWS, partial(second.nbytes, threads=1))
+        key_rows = min(key_rows, KEY_ROWS)
         group_rows = sizes.fit(GROUP_ROWS, 1, partial(recomputing, key_rows, threads=1))
         comparing = sizes.fit_threads(partial(second.nbytes, block_rows), MOST_COMPARING)
         all_rows = Sizes(block_rows, comparing, tiles(key_rows, group_rows, group_rows))

@@ -32,7 +32,7 @@ from oocattn.verification.budget import Fitted, Step, fit
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
 from oocattn.verification.identity import fingerprint_like
-from oocattn.verification.recompute import KEY_ROWS, check_row, recompute_rows
+from oocattn.verification.recompute import check_row, most_key_rows, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.verification.text import certificate_page
 from oocattn.version import versions
@@ -132,7 +132,7 @@ class Examination:
     def __call__(self) -> Examined | None:
         result = _Result.open(self.paths, self.arrays, lambda _: self.dataset)
         fitted = result.fit(self.rows, None, self.host_memory, self.checksums)
-        if fitted.sample.keys < KEY_ROWS:
+        if fitted.sample.keys < most_key_rows(min(self.rows, result.recorded.problem.rows)):
             return None
         return Examined(result.examine(self.rows, self.seed, fitted, self.verified_with), result.recorded, result.identity)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from oocattn.verification.products import weigh
+from oocattn.verification.products import dot, weigh
 
 Array64 = npt.NDArray[np.float64]
 
@@ -30,7 +30,7 @@ class Moments:
     def add(self, weights: Array64, value: Array64, squares: Array64) -> None:
         """Take x [rows, n], v [n, Dv] and |v|^2 [n]."""
         self.total += weights.sum(axis=1)
-        self.square += np.vecdot(weights, squares)
+        self.square += dot(weights, squares)
         self.vector += weigh(weights, value)
 
     def merge(self, other: Moments, kept: Array64, added: Array64) -> None:

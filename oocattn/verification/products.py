@@ -12,6 +12,7 @@ Array64 = npt.NDArray[np.float64]
 
 ROWS = 64  # of one product, at most
 TERMS = 1 << 18  # of its sums, at most: of more, OpenBLAS begins threads
+DOT_TERMS = 1 << 13  # of a dot product, at most: as above, from 10,000 on
 TOGETHER = 16  # parts of a sum that are held at a time
 
 
@@ -38,6 +39,14 @@ def weigh(weights: Array64, values: Array64) -> Array64:
             keys = slice(start, min(start + TOGETHER * part, whole))
             parts = some[:, keys].reshape(len(some), -1, part).swapaxes(0, 1)
             sums += np.matmul(parts, values[keys].reshape(-1, part, values.shape[1])).sum(axis=0)
+    return found
+
+
+def dot(rows: Array64, other: Array64) -> Array64:
+    """The dot products of rows [m, n] and another row [n]: [m]."""
+    found: Array64 = np.vecdot(rows[:, :DOT_TERMS], other[:DOT_TERMS])
+    for first in range(DOT_TERMS, len(other), DOT_TERMS):
+        found += np.vecdot(rows[:, first : first + DOT_TERMS], other[first : first + DOT_TERMS])
     return found
 
 

@@ -30,7 +30,10 @@ from oocattn.verification.sampling import SampledRow, sample_rows
 from oocattn.verification.softmax import Array64, Sums, Tile, TileSums, most_borders
 
 KEY_ROWS = 8192
-"""Keys that are read and attended at a time, at most."""
+"""Keys that are read and attended at a time, at most, by many rows: what they fill stays in the processor's caches."""
+
+FEW_ROWS = 32
+"""So few rows attend more keys at a time, four times as many at most: or Python's lock, which calls need, is what binds."""
 
 GROUP_ROWS = 256
 """Rows of one head group that are recomputed together, at most; for more of them K and V are read again."""
@@ -121,6 +124,11 @@ def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
     special = ~(np.isfinite(found) & np.isfinite(rounded))
     same = (found == rounded) | (np.isnan(found) & np.isnan(rounded))
     return np.where(special, np.where(same, 0.0, np.inf), ulps)
+
+
+def most_key_rows(rows: int) -> int:
+    """Keys that so many rows attend at a time, at most."""
+    return KEY_ROWS << max(0, min(2, (FEW_ROWS // rows).bit_length() - 1))
 
 
 def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int, threads: int = 1) -> int:

@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn.verification.error_sums import ErrorSums
-from oocattn.verification.products import multiply, weigh
+from oocattn.verification.products import dot, multiply, weigh
 
 Array64 = npt.NDArray[np.float64]
 
@@ -200,7 +200,7 @@ class TileErrors:
 
     def see_weights(self, scores: Array64, weights: Array64, shift: Array64) -> None:
         """Take the weights exp(scores - shift)."""
-        self.sums.repeated += np.vecdot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
+        self.sums.repeated += dot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
         error, variance, scratch = self._errors, self._variances, self._scratch
         error += scores
         error -= shift[:, None]
@@ -218,7 +218,7 @@ class TileErrors:
     def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
         """Take the values [n, Dv], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
         sums, squares = self.sums, lengths * lengths
-        sums.square_of_values += np.vecdot(weights, squares)
+        sums.square_of_values += dot(weights, squares)
         sums.systematic.add(self._errors, value, squares)
         sums.random.add(self._variances, value, squares)
         if sums.rounded is not None:

@@ -12,7 +12,7 @@ from oocattn.problem.problem import Problem
 from oocattn.verification.allowance import Allowances
 from oocattn.verification.attended import AttendedKeys, Int64s
 from oocattn.verification.error_sums import ErrorSums, PartialSums
-from oocattn.verification.products import multiply, weigh
+from oocattn.verification.products import dot, multiply, weigh
 from oocattn.verification.rounding import UNIT, TileErrors, see_sinks
 
 Array64 = npt.NDArray[np.float64]
@@ -153,7 +153,7 @@ class TileSoftmax:
         for keys, ends in self._tile.steps():
             weights = self._weights[:, keys]
             num += weigh(weights, value[keys])
-            size += np.vecdot(weights, lengths[keys])
+            size += dot(weights, lengths[keys])
             den += weights.sum(axis=1)
             if ends:
                 partial.append(PartialSum(self._tile.start + keys.stop, num.copy(), size.copy(), den.copy()))

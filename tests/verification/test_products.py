@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from oocattn.verification import products
-from oocattn.verification.products import multiply, weigh
+from oocattn.verification.products import dot, multiply, weigh
 
 SHAPES = [(1, 1, 1), (1, 5, 64), (8, 8192, 64), (8, 5000, 64), (64, 700, 64), (65, 700, 3), (200, 1025, 128), (3, 40, 5000)]
 
@@ -46,5 +46,15 @@ def test_values_are_weighed(largest: list[int], rows: int, keys: int, columns: i
     assert max(largest) <= max(products.TERMS, products.ROWS * columns)
 
 
+@pytest.mark.parametrize("keys", [1, 8191, 8192, 8193, 40_000])
+def test_rows_are_multiplied_with_another(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
+    random, lengths, vecdot = np.random.default_rng(0), [], np.vecdot
+    monkeypatch.setattr(np, "vecdot", lambda rows, other: lengths.append(len(other)) or vecdot(rows, other))
+    rows, other = random.standard_normal((3, keys + 1))[:, 1:], random.standard_normal(keys)
+    np.testing.assert_allclose(dot(rows, other), rows @ other, atol=1e-12 * keys)
+    assert max(lengths) <= 8192  # of 10,000, a BLAS begins threads
+
+
 def test_no_key_is_nothing() -> None:
+    np.testing.assert_array_equal(dot(np.ones((3, 0)), np.ones(0)), np.zeros(3))
     np.testing.assert_array_equal(weigh(np.ones((3, 0)), np.ones((0, 4))), np.zeros((3, 4)))
