@@ -185,6 +185,31 @@ def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) 
     assert not waiting.is_alive()
 
 
+def test_a_whole_chunk_is_saved_by_the_second_save_that_finds_it(tmp_path: Path) -> None:
+    plan = plan_of()
+    everyone = plan.division_of(0).contributors(CHUNK)
+    store, written_soon = store_of(plan, tmp_path), store_of(plan, tmp_path)
+    for each in (store, written_soon):
+        for position in range(len(everyone)):
+            fold(each, plan, position)
+        assert each.save(patient=True) == 0
+    written_soon.release(0, CHUNK)
+    assert written_soon.save(patient=True) == 0
+    fold(store, plan, 0, chunk=5)
+    assert store.save(patient=True) > 0
+    assert sorted(folded(tmp_path)) == sorted([everyone, plan.division_of(0).contributors(5)[:1]])
+
+
+def test_a_run_that_ends_saves_whole_chunks_as_well(tmp_path: Path) -> None:
+    plan = plan_of()
+    store, everyone = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)
+    for position in range(len(everyone)):
+        fold(store, plan, position)
+    assert store.save(patient=True) == 0
+    assert store.save(patient=False) > 0
+    assert folded(tmp_path) == [everyone]
+
+
 def test_a_chunk_that_is_never_idle_is_made_so_for_a_save(tmp_path: Path) -> None:
     plan = plan_of()
     store, first = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)[0]

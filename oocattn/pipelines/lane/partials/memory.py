@@ -38,7 +38,8 @@ class MemoryPartials:
     """Each partial is folded into its chunk's accumulator, in order, so that a file says how many contributors it has.
 
     While an accumulator is being written nothing is folded into it, and where no other is left to be written, one that is
-    never idle is made so. One thread begins partials; any may end them and save. Implements PartialStore.
+    never idle is made so. A whole one is about to be written to the result: only the second of two saves that find it there
+    saves it. One thread begins partials; any may end them and save. Implements PartialStore.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -47,6 +48,7 @@ class MemoryPartials:
         self._accumulators = Accumulators(plan, accumulators)
         self._changed = threading.Condition()
         self._folds: dict[Place, _Fold] = {}
+        self._whole: set[Place] = set()  # at the last patient save
         self._stopped_waiting = False
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
@@ -100,6 +102,10 @@ class MemoryPartials:
     def save(self, patient: bool) -> int:
         with self._changed:
             due = {place for place, fold in self._folds.items() if fold.saved < fold.started}
+            if patient:
+                whole = {place for place in due if self._folds[place].started == len(self._contributors(place))}
+                due -= whole - self._whole
+                self._whole = whole
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
