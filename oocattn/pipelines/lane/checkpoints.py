@@ -16,7 +16,7 @@ from oocattn.pipelines.watch.events import Attended, Span
 class Checkpoints:
     """Saves a lane's partials twice in an interval of seconds (0: never); `fail` is called with an error that ends it.
 
-    So a kill costs no more than one interval of work: what came since the last save began, and what is in flight.
+    So a kill costs no more than one interval of work: what came since the last save but one began, and what is in flight.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:

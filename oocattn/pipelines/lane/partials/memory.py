@@ -38,8 +38,9 @@ class MemoryPartials:
     """Each partial is folded into its chunk's accumulator, in order, so that a file says how many contributors it has.
 
     While an accumulator is being written nothing is folded into it, and where no other is left to be written, one that is
-    never idle is made so. A whole one is about to be written to the result: only the second of two saves that find it there
-    saves it. One thread begins partials; any may end them and save. Implements PartialStore.
+    never idle is made so. One that was begun since the save before, or became whole since then and is about to be written to
+    the result, is left to the next save: many are done with by then. One thread begins partials; any may end them and save.
+    Implements PartialStore.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -48,7 +49,7 @@ class MemoryPartials:
         self._accumulators = Accumulators(plan, accumulators)
         self._changed = threading.Condition()
         self._folds: dict[Place, _Fold] = {}
-        self._whole: set[Place] = set()  # at the last patient save
+        self._whole: dict[Place, bool] = {}  # of the accumulators there were at the last patient save
         self._stopped_waiting = False
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
@@ -103,9 +104,8 @@ class MemoryPartials:
         with self._changed:
             due = {place for place, fold in self._folds.items() if fold.saved < fold.started}
             if patient:
-                whole = {place for place in due if self._folds[place].started == len(self._contributors(place))}
-                due -= whole - self._whole
-                self._whole = whole
+                before, self._whole = self._whole, {place: self._is_whole(place) for place in self._folds}
+                due = {place for place in due & before.keys() if before[place] or not self._whole[place]}
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
@@ -125,6 +125,9 @@ class MemoryPartials:
     def _contributors(self, place: Place) -> tuple[int, ...]:
         head_group, chunk = place
         return self._plan.division_of(head_group).contributors(chunk)
+
+    def _is_whole(self, place: Place) -> bool:
+        return self._folds[place].started == len(self._contributors(place))
 
     def _take(self, place: Place, count: int) -> _Fold:
         """An accumulator for a chunk, with the first `count` contributors from its file."""
