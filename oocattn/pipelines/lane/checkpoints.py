@@ -12,16 +12,20 @@ from oocattn.pipelines.failing import CHECKPOINT, naming
 from oocattn.pipelines.lane.partials.store import PartialStore
 from oocattn.pipelines.watch.events import Attended, Span
 
+RECENT = 0.4
+"""Of an interval: a chunk whose partials all came so shortly before a save is left to the next one, if it is still there."""
+
 
 class Checkpoints:
     """Saves a lane's partials twice in an interval of seconds (0: never); `fail` is called with an error that ends it.
 
-    So a kill costs no more than one interval of work: what came since the last save but one began, and what is in flight.
+    So a kill costs no more than one interval of work: what came since the last save began, or shortly before, and what is in
+    flight. Chunks that are begun, computed and written between two saves, as those of strips often are, are never saved.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:
         self._partials = partials
-        self._pause = interval / 2
+        self._pause, self._recent = interval / 2, RECENT * interval
         self._fail = fail
         self._ended = threading.Event()
         self._saves: deque[tuple[Span, int]] = deque()
@@ -52,7 +56,7 @@ class Checkpoints:
             start = clock.now()
             try:
                 with naming(CHECKPOINT):
-                    written = self._partials.save(patient=True)
+                    written = self._partials.save(patient=True, recent=self._recent)
             except BaseException as error:
                 self._fail(error)
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -141,7 +142,6 @@ def test_nothing_is_folded_into_an_accumulator_being_saved(tmp_path: Path, monke
     plan = plan_of()
     store = store_of(plan, tmp_path)
     fold(store, plan, 0)
-    assert store.save(patient=True) == 0  # it has just begun
     writing, may_write = threading.Event(), threading.Event()
     real = partial_files.write_blocks
 
@@ -169,7 +169,6 @@ def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) 
     plan = plan_of()
     store = store_of(plan, tmp_path)
     fold(store, plan, 0)
-    assert store.save(patient=True) == 0  # it has just begun
     fold(store, plan, 1, ended=False)
     assert store.save(patient=False) == 0
     waiting = threading.Thread(target=store.save, args=(True,))
@@ -187,19 +186,20 @@ def test_a_save_waits_for_partials_in_flight_or_leaves_them_out(tmp_path: Path) 
     assert not waiting.is_alive()
 
 
-def test_a_chunk_is_saved_by_the_second_save_that_finds_it_begun_or_whole(tmp_path: Path) -> None:
+def test_a_chunk_whose_partials_came_shortly_before_is_left_to_the_next_save(tmp_path: Path) -> None:
     plan = plan_of()
     store, everyone = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)
     fold(store, plan, 0)
-    assert store.save(patient=True) == 0
+    assert store.save(patient=True, recent=60) == 0
+    time.sleep(0.05)
+    fold(store, plan, 0, chunk=5)
     fold(store, plan, 1)
-    assert store.save(patient=True) > 0
-    assert folded(tmp_path) == [everyone[:2]]
-    for position in range(2, len(everyone)):
-        fold(store, plan, position)
-    assert store.save(patient=True) == 0
-    assert store.save(patient=True) > 0
-    assert folded(tmp_path) == [everyone]
+    assert store.save(patient=True, recent=0.04) > 0
+    assert folded(tmp_path) == [everyone[:2]]  # also what has just come to it
+    fold(store, plan, 2)
+    assert store.save(patient=True, recent=60) == 0
+    assert store.save(patient=False) > 0
+    assert sorted(folded(tmp_path)) == sorted([everyone[:3], plan.division_of(0).contributors(5)[:1]])
 
 
 def test_a_chunk_that_is_done_with_by_the_next_save_is_never_saved(tmp_path: Path) -> None:
@@ -208,26 +208,15 @@ def test_a_chunk_that_is_done_with_by_the_next_save_is_never_saved(tmp_path: Pat
     for chunk in (CHUNK, 5):
         for position in range(len(plan.division_of(0).contributors(chunk))):
             fold(store, plan, position, chunk=chunk)
-        assert store.save(patient=True) == 0
+        assert store.save(patient=True, recent=60) == 0
         store.release(0, chunk)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_that_ends_saves_whole_chunks_as_well(tmp_path: Path) -> None:
-    plan = plan_of()
-    store, everyone = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)
-    for position in range(len(everyone)):
-        fold(store, plan, position)
-    assert store.save(patient=True) == 0
-    assert store.save(patient=False) > 0
-    assert folded(tmp_path) == [everyone]
 
 
 def test_a_chunk_that_is_never_idle_is_made_so_for_a_save(tmp_path: Path) -> None:
     plan = plan_of()
     store, first = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)[0]
     fold(store, plan, 0, ended=False)
-    assert store.save(patient=True) == 0  # it has just begun
     assert not store.save_pending(0, CHUNK)
     saving = threading.Thread(target=store.save, args=(True,))
     saving.start()

@@ -83,7 +83,7 @@ class DiskPartials:
         for subproblem in self._plan.division_of(head_group).contributors(chunk):
             self._files.remove(PartialId(head_group, chunk, (subproblem,)))
 
-    def save(self, patient: bool) -> int:
+    def save(self, patient: bool, recent: float = 0.0) -> int:
         return 0  # a partial that has come is in its file
 
     def stop_waiting(self) -> None:

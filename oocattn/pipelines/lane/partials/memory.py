@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from oocattn import clock
 from oocattn.errors import IntegrityError
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
@@ -18,13 +19,14 @@ Place = tuple[int, int]  # a head group and one of its query chunks
 
 @dataclass
 class _Fold:
-    """A chunk's accumulator, and the contributors started, folded and saved."""
+    """A chunk's accumulator, and the contributors started, folded and saved, and when the first began that is not saved."""
 
     state: AttentionState
     started: int
     folded: int
     saved: int
     not_finite: int
+    unsaved_since: float = 0.0
     save_pending: bool = False
     being_saved: bool = False
 
@@ -38,9 +40,7 @@ class MemoryPartials:
     """Each partial is folded into its chunk's accumulator, in order, so that a file says how many contributors it has.
 
     While an accumulator is being written nothing is folded into it, and where no other is left to be written, one that is
-    never idle is made so. One that was begun since the save before, or became whole since then and is about to be written to
-    the result, is left to the next save: many are done with by then. One thread begins partials; any may end them and save.
-    Implements PartialStore.
+    never idle is made so. One thread begins partials; any may end them and save. Implements PartialStore.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -49,7 +49,6 @@ class MemoryPartials:
         self._accumulators = Accumulators(plan, accumulators)
         self._changed = threading.Condition()
         self._folds: dict[Place, _Fold] = {}
-        self._whole: dict[Place, bool] = {}  # of the accumulators there were at the last patient save
         self._stopped_waiting = False
 
     def begin(self, head_group: int, chunk: int, subproblem: int, not_finite: int = 0) -> Destination:
@@ -66,6 +65,8 @@ class MemoryPartials:
         fold = known or self._take(place, position)
         with self._changed:
             self._changed.wait_for(lambda: not fold.being_saved and not (fold.save_pending and fold.idle))
+            if fold.started == fold.saved:
+                fold.unsaved_since = clock.now()
             fold.started += 1
             fold.not_finite += not_finite
         return Destination(fold.state, merged=position > 0)
@@ -100,12 +101,10 @@ class MemoryPartials:
             self._files.remove(self._partial_id((head_group, chunk), fold.saved))
         self._accumulators.give_back(head_group, chunk)
 
-    def save(self, patient: bool) -> int:
+    def save(self, patient: bool, recent: float = 0.0) -> int:
         with self._changed:
-            due = {place for place, fold in self._folds.items() if fold.saved < fold.started}
-            if patient:
-                before, self._whole = self._whole, {place: self._is_whole(place) for place in self._folds}
-                due = {place for place in due & before.keys() if before[place] or not self._whole[place]}
+            unsaved = {place: fold for place, fold in self._folds.items() if fold.saved < fold.started}
+            due = {place for place, fold in unsaved.items() if fold.unsaved_since <= clock.now() - recent}
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
@@ -125,9 +124,6 @@ class MemoryPartials:
     def _contributors(self, place: Place) -> tuple[int, ...]:
         head_group, chunk = place
         return self._plan.division_of(head_group).contributors(chunk)
-
-    def _is_whole(self, place: Place) -> bool:
-        return self._folds[place].started == len(self._contributors(place))
 
     def _take(self, place: Place, count: int) -> _Fold:
         """An accumulator for a chunk, with the first `count` contributors from its file."""

@@ -76,10 +76,11 @@ class PartialStore(Protocol):
     def release(self, head_group: int, chunk: int) -> None:
         """Forget the chunk: its output is written."""
 
-    def save(self, patient: bool) -> int:
+    def save(self, patient: bool, recent: float = 0.0) -> int:
         """Have on disk what is in memory alone; return the bytes written.
 
-        A chunk with partials in flight as this begins is left out or, where the save is `patient`, waited for.
+        A chunk with partials in flight as this begins is left out or, where the save is `patient`, waited for. One whose
+        partials that are in memory alone all began in the `recent` seconds is left out, too.
         """
 
     def stop_waiting(self) -> None:
