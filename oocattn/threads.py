@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -112,6 +112,25 @@ def map_in_order(pool: Executor, function: Callable[..., T], calls: Iterable[Seq
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
+
+
+class InOrder:
+    """Lets threads through one after another, in the order of their turns: what they add up has the same bits each time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next = 0
+
+    @contextmanager
+    def turn(self, number: int) -> Iterator[None]:
+        """Wait for a turn, counted from 0, and have the others wait while inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next == number)
+            try:
+                yield
+            finally:
+                self._next += 1
+                self._changed.notify_all()
 
 
 def _work(calls: SimpleQueue[_Call | None], prepare: Callable[[], object]) -> None:

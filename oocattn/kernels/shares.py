@@ -6,10 +6,8 @@ document, and long where other processes use the cores too. Documents have no ro
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -58,25 +56,6 @@ def attend_shares(shares: Sequence[S], attend: Callable[[S], None], *, one_core:
         wait(begun)  # no thread writes to the state any more when one has failed
     for future in begun:
         future.result()
-
-
-class InOrder:
-    """Lets threads through one after another, in the order of their turns: what they add up has the same bits each time."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._next = 0
-
-    @contextmanager
-    def turn(self, number: int) -> Iterator[None]:
-        """Wait for a turn, counted from 0, and have the others wait while inside."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next == number)
-            try:
-                yield
-            finally:
-                self._next += 1
-                self._changed.notify_all()
 
 
 def _cut(edges: list[int], most: int) -> Iterator[range]:

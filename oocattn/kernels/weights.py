@@ -31,12 +31,13 @@ from oocattn.kernels.plain import PRODUCT_BYTES, add_terms, sum_not_finite
 from oocattn.kernels.reductions import reductions_of
 from oocattn.kernels.reductions.base import KeySums, RowSums, WeightTile, merge_reduced
 from oocattn.kernels.settings import full_precision
-from oocattn.kernels.shares import InOrder, attend_shares
+from oocattn.kernels.shares import attend_shares
 from oocattn.kernels.state import AttentionState
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.bounds import hull
 from oocattn.problem.calls import CallSize
 from oocattn.problem.second_pass import VECTORS
+from oocattn.threads import InOrder
 from oocattn.units import ceil_div
 
 _BLOCK = 256  # rows of a tile over all heads; rows that are apart share fewer keys

@@ -18,12 +18,12 @@ import numpy.typing as npt
 from oocattn.problem.problem import Problem
 from oocattn.storage.bfloat16 import numpy_dtype
 from oocattn.storage.inputs.dataset import Dataset
+from oocattn.threads import InOrder
 from oocattn.verification.attended import AttendedKeys, Int64s, attended_ranges, groups_of, key_positions
 from oocattn.verification.chunk_cache import ChunkCache
 from oocattn.verification.repeats import Repeats
 from oocattn.verification.sampling import SampledRow
 from oocattn.verification.softmax import BUFFERS, Array64, Rows, Softmax, Tile, TileSoftmax, TileSums
-from oocattn.verification.turns import Turns
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class RowGroup:
         self._problem, self._arrays, self._keys, self._weight_roundoff = problem, dataset.arrays, keys, weight_roundoff
         self.shared = shared
         self._heads = [query_head(problem, place) for place in shared.places]
-        self._repeats, self._turns = Repeats(shared.attended.keys, problem.head_dim), Turns()
+        self._repeats, self._in_order = Repeats(shared.attended.keys, problem.head_dim), InOrder()
         self._reading = threading.Lock()
         self._rows: Rows | None = None
 
@@ -78,10 +78,13 @@ class RowGroup:
 
     def sum_tile(self, tile: Tile, memory: TileMemory) -> TileSums:
         """The sums over a tile. Calls may run in several threads, but begin in the order of the tiles."""
-        with self._turns.of(tile.number) as turn:
+        try:
             key = self._read("k", tile, memory)
             equal = self._repeats.sort(key)
-            turn.wait()
+        except BaseException:
+            with self._in_order.turn(tile.number):  # those after it would wait without end
+                raise
+        with self._in_order.turn(tile.number):
             before = self._repeats.count(equal)
         rows, attended, roundoff = self.rows, self.shared.attended, self._weight_roundoff
         with np.errstate(all="ignore"):  # NaN and Inf flow as they come, and what underflows is nothing
