@@ -17,9 +17,9 @@ from oocattn.operations.tiles import Tile, pieces
 from oocattn.problem.bounds import LARGEST, Bounds, Int64s, sums_before
 from oocattn.problem.mask import Cover, Mask
 
-ROWS = 1 << 15  # rows that are looked at together: their numbers take a megabyte
-
 MOST_PIECES = 64  # documents of a block of rows that are looked at one by one
+
+ROWS_OF_MANY = 1 << 15  # rows of more documents that are looked at together: their numbers take some megabytes
 
 
 def enter_tile(state: AttentionState, tile: Tile) -> None:
@@ -32,22 +32,24 @@ def enter_tile(state: AttentionState, tile: Tile) -> None:
 
 
 class LedgerChecker:
-    """Compares ledgers with a mask, in memory of its own that is used again: threads that allocate wait for each other."""
+    """Compares ledgers with a mask, in memory of its own that is used again: threads that allocate wait for each other.
 
-    def __init__(self) -> None:
-        self._row = np.arange(ROWS, dtype=np.int64)
-        self._numbers = np.empty((3, ROWS), np.int64)
-        self._same = np.empty(ROWS, bool)
+    It has memory for `rows` at a time.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._row = np.arange(rows, dtype=np.int64)
+        self._numbers = np.empty((3, rows), np.int64)
+        self._same = np.empty(rows, bool)
 
     def find_wrong_row(self, state: AttentionState, tokens: range, mask: Mask) -> int | None:
         """The first row whose ledger, in host memory, is wrong; None if there is none."""
         keys, key_sum = state.keys.numpy(), state.key_sum.numpy()
-        for part in pieces(tokens, ROWS):
+        for part in pieces(tokens, len(self._row)):
             bounds = mask.bounds(part)
             if len(bounds.start) > MOST_PIECES or mask.keys > LARGEST:
                 rows = slice(part.start - tokens.start, part.stop - tokens.start)
-                expected, expected_sum = bounds.ledger()
-                wrong = _first_wrong((keys[rows] == expected) & (key_sum[rows] == expected_sum))
+                wrong = _find_in_many(keys[rows], key_sum[rows], mask, part)
                 if wrong is not None:
                     return rows.start + wrong
                 continue
@@ -66,8 +68,7 @@ class LedgerChecker:
             np.clip(bound, ramp.least[piece], ramp.most[piece], out=bound)
         np.subtract(stop, resume, out=product)  # keys that are attended, but for the fixed ones
         product += bounds.fixed[piece] - bounds.start[piece]
-        if not np.equal(product, keys, out=same).all():
-            return _first_wrong(same)
+        wrong = _first_wrong(np.equal(product, keys, out=same))
         # Sums of the indices before a and before b differ by (a - b)(a + b - 1) / 2.
         np.subtract(stop, resume, out=product)
         stop += resume
@@ -75,7 +76,19 @@ class LedgerChecker:
         product *= stop
         product >>= 1
         product += (sums_before(bounds.fixed) - sums_before(bounds.start))[piece]
-        return _first_wrong(np.equal(product, key_sum, out=same))
+        earlier = _first_wrong(np.equal(product, key_sum, out=same)[:wrong])
+        return wrong if earlier is None else earlier
+
+
+def _find_in_many(keys: Int64s, key_sum: Int64s, mask: Mask, tokens: range) -> int | None:
+    """The first row whose numbers are not those of its token, where tokens are of many documents."""
+    for part in pieces(range(len(tokens)), ROWS_OF_MANY):
+        rows = slice(part.start, part.stop)
+        expected, expected_sum = mask.bounds(tokens[rows]).ledger()
+        wrong = _first_wrong((keys[rows] == expected) & (key_sum[rows] == expected_sum))
+        if wrong is not None:
+            return part.start + wrong
+    return None
 
 
 def _first_wrong(same: npt.NDArray[np.bool_]) -> int | None:

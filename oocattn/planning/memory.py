@@ -25,7 +25,9 @@ QUERY_SLOTS = 2  # query tiles on a GPU, each with its state: one computed, one 
 KEY_SLOTS = 3  # key tiles on a GPU at a time: one that is attended and two that are copied in
 PARTIAL_BLOCK_ROWS = 4096  # rows of a block of a partial's file: some megabytes, so that merging streams
 PAGE = 4096  # multiple to which a file's header, before its blocks, is padded
-FINALISED_ROWS = 32768  # rows of one head that a GPU finalises at a time
+FINALISED_ROWS, FINALISED_BYTES = 32768, 12 << 20
+"""Rows of one head that a GPU finalises at a time: so many, or those of so many bytes; each time takes ten calls."""
+
 WRITERS = {"cpu": 1, "cuda": 4}  # threads that write chunks of `out`: one makes checksums and copies of 0.6 GB/s
 OUT_BLOCKS = {"cpu": 1, "cuda": 5}  # chunks of `out` that a lane holds: on a GPU one is finalised, others are written
 SENT_COPIES = 4  # of a chunk of `out` on its way to a store: ours, and those of the libraries that send it (3.9 with s3fs)
@@ -35,7 +37,10 @@ SENT_BYTES, MOST_WRITERS = 16 << 20, 16
 PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a GPU one is computed, one written
 TOTALS_SLOTS = PARTIAL_BUFFERS["cuda"] + 1  # sums over the rows of blocks on a GPU, and those before a tile
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
-LEDGER_SCRATCH_BYTES = 3 << 20  # temporaries of the ledger: some rows are entered while others are checked
+LEDGER_SCRATCH_BYTES = 2 << 20  # temporaries of the ledger: some rows are entered while others are checked
+LEDGER_ROWS, LEDGER_ROW_BYTES = 1 << 17, 33
+"""Rows of which numbers are compared at a time, and the bytes of each: with fewer, threads often wait for Python's lock."""
+
 KEY_NUMBER_BYTES = 16  # of the number of each staged key that a survey has, twice while they are gathered
 ALIGNMENT = 256  # every buffer begins at a multiple of this
 SEGMENT = 2 << 20  # unit of large allocations on a GPU, and of host memory in huge pages
@@ -150,12 +155,23 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
     asked = problem.second_pass
     numbers = KEY_NUMBER_BYTES * keys if asked is not None and asked.reduced is not None else 0
     host = buffers.nbytes(problem) + sending_bytes(problem, buffers)
-    host += MERGE_SCRATCH_BYTES + LEDGER_SCRATCH_BYTES + numbers
+    host += MERGE_SCRATCH_BYTES + ledger_bytes(buffers.chunk_rows) + numbers
     if buffers.device == "cuda":
         totals = totals_bytes(asked, problem.group_size, buffers.chunk_rows, keys)
         return DevicePieces.of(problem, tiles, buffers.partials, totals).nbytes + kernel_scratch, host + totals
     working = problem.state_bytes(buffers.chunk_rows) + kernel_scratch
     return buffers.slots * buffers.slot + working, host + working
+
+
+def ledger_bytes(chunk_rows: int) -> int:
+    """Temporaries of the ledger of chunks of so many rows, in host memory."""
+    return LEDGER_SCRATCH_BYTES + LEDGER_ROW_BYTES * min(LEDGER_ROWS, chunk_rows)
+
+
+def finalised_rows(columns: int, tile_rows: int) -> int:
+    """Rows of so many columns that a GPU with query tiles of `tile_rows` finalises at a time: no more than a large tile."""
+    of_bytes = FINALISED_BYTES // sum(piece.nbytes for piece in _state(1, 1, columns))
+    return max(FINALISED_ROWS, min(tile_rows, of_bytes))
 
 
 def count_writers(problem: Problem, device: str, out_chunk_rows: int, *, to_store: bool) -> int:
@@ -208,13 +224,14 @@ class DevicePieces:
         """Those of a plan with partials in this place, and so many bytes of sums over the rows of a block."""
         group_size, columns = problem.group_size, problem.columns
         state = _state(group_size, tiles.query, columns)
-        out = Piece((1, FINALISED_ROWS, columns), problem.out_dtype), Piece((1, FINALISED_ROWS), "float32")
+        rows = finalised_rows(columns, tiles.query)
+        out = Piece((1, rows, columns), problem.out_dtype), Piece((1, rows), "float32")
         blocks = 2 * (_state(group_size, PARTIAL_BLOCK_ROWS, columns),)
         return cls(
             queries=QUERY_SLOTS * (_tile(query_arrays(problem), tiles.query),),
             states=QUERY_SLOTS * (state,),
             keys=KEY_SLOTS * (_tile(key_arrays(problem), tiles.key),),
-            finalised=_state(1, FINALISED_ROWS, columns),
+            finalised=_state(1, rows, columns),
             divided=out,
             totals=TOTALS_SLOTS * (Piece((totals,), "uint8"),) if totals else (),
             merged=(state,) if partials == "memory" else blocks,

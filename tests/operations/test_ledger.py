@@ -58,13 +58,12 @@ def test_tiles_in_any_cut_add_up_to_what_the_mask_says(data: st.DataObject, size
     cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=4))})
     found = empty(size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_module, "ROWS", block)
         patch.setattr(merge_module, "_LEDGER_ROWS", block)
         for start, stop in itertools.pairwise(cuts):
             keys = range(start, stop)
             if live := mask.live_rows(range(size), [keys]):
                 add(found, tile_of(mask, range(live[0].start, live[-1].stop), keys))
-        assert LedgerChecker().find_wrong_row(found, range(size), mask) is None
+        assert LedgerChecker(block).find_wrong_row(found, range(size), mask) is None
 
 
 def test_a_full_tile_may_be_of_several_runs_of_tokens() -> None:
@@ -88,14 +87,16 @@ def test_a_window_that_is_shifted_is_caught_though_it_has_as_many_keys(behind: i
     found = empty(len(rows))
     add(found, tile_of(shifted, rows, range(1000), rows.start))
     assert found.keys.tolist() == [20] * len(rows)
-    assert LedgerChecker().find_wrong_row(found, rows, right) == 0
+    assert LedgerChecker(64).find_wrong_row(found, rows, right) == 0
 
 
+@pytest.mark.parametrize("most_pieces", [0, 64])
 @pytest.mark.parametrize("mask", [full(100), causal(100), window(100, 7), documents(100)], ids=str)
-def test_the_first_wrong_row_is_named(monkeypatch: pytest.MonkeyPatch, mask: Mask) -> None:
-    """Row by row, in memory that is used again, and among several documents."""
-    monkeypatch.setattr(ledger_module, "ROWS", 16)
-    rows, found, checker = range(30, 100), empty(70), LedgerChecker()
+def test_the_first_wrong_row_is_named(monkeypatch: pytest.MonkeyPatch, mask: Mask, most_pieces: int) -> None:
+    """Row by row, in memory that is used again, and among several documents, few or many."""
+    monkeypatch.setattr(ledger_module, "MOST_PIECES", most_pieces)
+    monkeypatch.setattr(ledger_module, "ROWS_OF_MANY", 9)
+    rows, found, checker = range(30, 100), empty(70), LedgerChecker(16)
     add(found, tile_of(mask, rows, range(100), rows.start))
     assert checker.find_wrong_row(found, rows, mask) is None
     for field in (found.keys, found.key_sum):
@@ -114,7 +115,7 @@ def test_a_ledger_of_another_mask_is_found_wrong_where_that_differs_first(data: 
     found = empty(size)
     add(found, Tile(other, range(size), range(other.keys), range(size), (range(other.keys),), Cover.PARTIAL))
     differ = [row for row in range(size) if keys_of(right, row) != keys_of(other, row)]
-    assert LedgerChecker().find_wrong_row(found, range(size), right) == (differ[0] if differ else None)
+    assert LedgerChecker(size).find_wrong_row(found, range(size), right) == (differ[0] if differ else None)
 
 
 def keys_of(mask: Mask, row: int) -> tuple[int, int]:

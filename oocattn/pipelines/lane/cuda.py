@@ -39,7 +39,7 @@ from oocattn.pipelines.lane.partials.store import Destination, PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.watch.events import Attended, Resource
-from oocattn.planning.memory import FINALISED_ROWS, PARTIAL_BUFFERS
+from oocattn.planning.memory import PARTIAL_BUFFERS
 from oocattn.planning.plan import Plan
 
 AHEAD = 32  # key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all
@@ -110,7 +110,7 @@ class CudaDevice:
     def finalise(self, head_group: int, head: int, state: AttentionState, out: torch.Tensor, lse: torch.Tensor) -> None:
         buffers = self._buffers
         with torch.cuda.device(self._device), torch.cuda.stream(self._merge_stream):
-            for block in pieces(range(len(state.keys)), FINALISED_ROWS):
+            for block in pieces(range(len(state.keys)), len(buffers.finalised.keys)):
                 rows = slice(block.start, block.stop)
                 on_device = buffers.finalised.rows(0, len(block))
                 on_device_out, on_device_lse = buffers.out[:, : len(block)], buffers.lse[:, : len(block)]
