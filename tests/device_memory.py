@@ -29,7 +29,7 @@ from oocattn.operations.tiles import pieces
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda_memory import TileRows, take_device_memory
 from oocattn.pipelines.lane.memory import Arena
-from oocattn.planning import measure
+from oocattn.planning import kernel_rates, measure
 from oocattn.problem.problem import Problem
 from oocattn.units import round_up
 
@@ -140,7 +140,7 @@ def a_gpu_of_sizes() -> Iterator[CachingAllocator]:
     allocator = CachingAllocator()
     nothing = SimpleNamespace(launch=lambda *_, **__: None)
     with pytest.MonkeyPatch.context() as patch, Recording(allocator):
-        for module in (cuda_memory, measure):
+        for module in (cuda_memory, kernel_rates, measure):
             patch.setattr(module, "torch", _Torch(allocator))
         patch.setattr(launch, "tensor_map", lambda *_: None)
         patch.setattr(launch, "_multiprocessors", lambda _: 132)
@@ -154,13 +154,13 @@ def a_gpu_of_sizes() -> Iterator[CachingAllocator]:
 def measured(kernel: str, problem: Problem) -> tuple[int, int]:
     """What a kernel's rate is measured in for a problem, at most, and what the plan says of it; in bytes."""
     with a_gpu_of_sizes() as allocator, pytest.MonkeyPatch.context() as patch:
-        sample = measure.Sample.of(problem)
-        patch.setattr(measure, "_seconds", lambda work, _: work() or 1.0)
+        sample = kernel_rates.Sample.of(problem)
+        patch.setattr(kernel_rates, "_seconds", lambda work, _: work() or 1.0)
         patch.setattr(measure, "release_cached_memory", lambda _: None)
-        patch.setitem(measure.MOMENT, "meta", 1.0)
-        measure._time_calls(kernel, sample, *measure.CUDA_SAMPLE, META)
+        patch.setitem(kernel_rates.MOMENT, "meta", 1.0)
+        kernel_rates._time_calls(kernel, sample, *measure.CUDA_SAMPLE, META)
         measure._launch_everything(kernel, sample, META)
-        patch.setattr(measure, "kernel_rate", lambda *_: 1.0)
+        patch.setattr(measure, "kernel_rate", lambda *_, **__: 1.0)
         return allocator.most_reserved, measure._gpu_rate(kernel, problem, 2048, 1)[1]
 
 

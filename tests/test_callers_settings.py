@@ -17,7 +17,7 @@ from support import assert_same_bits, carry_out, normal_arrays, plan_for, replan
 
 import oocattn
 from oocattn.cli.doctor import kernel_error
-from oocattn.planning.measure import kernel_rate
+from oocattn.planning.kernel_rates import kernel_rate
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from oocattn.bench.records import COLD_READ, WARM_READ, WRITE, Ceiling
-from oocattn.planning.measure import Sample, copy_rates, kernel_rate
+from oocattn.planning.kernel_rates import Sample, copy_rates, kernel_rate
 from oocattn.planning.plan import Plan
 from oocattn.storage.files.durable import sync_descriptor
 from oocattn.storage.files.operations import name_failure

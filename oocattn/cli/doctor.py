@@ -33,7 +33,7 @@ from oocattn.kernels.registry import device_type, get_kernel, kernel_names
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.plain_threads import plain_threads
-from oocattn.planning.measure import Sample, copy_rates, kernel_rate
+from oocattn.planning.kernel_rates import Sample, copy_rates, kernel_rate
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.mask import Mask
 from oocattn.problem.scores import Scores

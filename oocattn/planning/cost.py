@@ -5,7 +5,7 @@ Seconds of a run. Links that work at the same time do not add up, the longest co
     compute   on a GPU its own; on a CPU it takes turns with Python, some of what bytes and scheduling take of the cores, and
               partials that its thread writes
     copy      between host and device
-    disk      read, partials and write share it, and add up
+    disk      partials and write share it with read, unless that is from the page cache or a network, and add up
     files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
     tasks     one scheduler serves all lanes; on a CPU, with what Python takes within them
 
@@ -121,19 +121,19 @@ class _Run:
     def seconds(self) -> float:
         """The longest of the links that overlap, with what comes before and after them."""
         seconds = {link.name: link.seconds for link in self.links}
-        disk = seconds["read"] + seconds["partials"] + seconds["write"]
+        of_disk = seconds["read"] if self.hardware.from_disk or self.inputs.from_disk else 0.0
+        disk = of_disk + seconds["partials"] + seconds["write"]
         compute = seconds["compute"]
         if self.hardware.device == "cpu":
             written = self._handed_back if self.candidate.partials == "disk" else 0  # by the thread that attends
             waiting = TASK_SHARE * (self._scheduling_seconds + self._byte_seconds) + self._python_seconds
-            at_once = self.hardware.lanes * min(1.0, self.hardware.lane_cores)
-            compute += (waiting + written * self.hardware.file_seconds) / at_once
+            waiting += written * self.hardware.file_seconds
+            compute += waiting / (self.hardware.lanes * min(1.0, self.hardware.lane_cores))
         last_files = (self._last_share * self._chunk_files + RUN_FILES) * self.hardware.file_seconds
         files = seconds["write"] + seconds["files"] - last_files  # that are written while others compute
-        longest = max(compute, disk, seconds.get("copy", 0.0), seconds["tasks"], files)
-        before_and_after = self._fill() + self._last_share * seconds["write"] + last_files
-        before_and_after += asking(self.inputs, to_store=self.to_store)
-        return RUN_SECONDS + longest + before_and_after + LAST_TASKS * self.hardware.task_seconds
+        longest = max(compute, disk, seconds["read"], seconds.get("copy", 0.0), seconds["tasks"], files)
+        apart = self._fill() + asking(self.inputs, to_store=self.to_store) + self._last_share * seconds["write"] + last_files
+        return RUN_SECONDS + longest + apart + LAST_TASKS * self.hardware.task_seconds
 
     @property
     def scratch_disk(self) -> float:

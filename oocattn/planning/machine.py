@@ -47,7 +47,8 @@ class Machine:
     one for each of their threads). `most_lanes` of a machine take part where others are left out (0: as many as the budgets
     have room for).
     `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's, shared by all lanes, and
-    `reread_rate` that of data that was read before, from the page cache if it fits there.
+    `reread_rate` that of data that was read before, from the page cache if it fits there. `from_disk` says whether inputs
+    that are read as they lie come from the disk, which has less time to write then: not where the page cache has them.
     `task_seconds` is the cost of a task, `file_seconds` that of a durable file beside its bytes. `scratch_disk` is the room
     for partials, in bytes, and `measuring_bytes` the device memory that measuring took.
     """
@@ -66,6 +67,7 @@ class Machine:
     copy_rate: Rate = 50e9
     read_rate: Rate = 1e9
     reread_rate: Rate = 1e9
+    from_disk: Annotated[bool, ADDED] = True
     write_rate: Rate = 1e9
     task_seconds: Seconds = TASK_SECONDS["dask"]
     file_seconds: Seconds = FILE_SECONDS
@@ -103,7 +105,7 @@ class InputCost:
     of tokens are best aligned to `align_rows`; `notes` say so in words. `shared_heads` has the tensors of which other heads
     are read as soon as one is, and how many; `packed` says that q, k and v lie in one, and are read together. Where a store
     lets each request wait, for `latency` seconds, `ahead` bytes are decoded at a time by several reads, which `decode_bytes`
-    counts; 0 stands for one read at a time.
+    counts; 0 stands for one read at a time. `from_disk` is as a machine's, of inputs that are decoded.
     """
 
     decode_bytes: Count = 0
@@ -114,3 +116,4 @@ class InputCost:
     packed: Annotated[bool, ADDED] = False
     ahead: Annotated[Count, ADDED] = 0
     latency: Annotated[Seconds, ADDED] = 0.0
+    from_disk: Annotated[bool, ADDED] = False

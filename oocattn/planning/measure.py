@@ -1,20 +1,15 @@
 """What this machine can do, measured briefly, and the plan of a problem for it.
 
-Kernels and GPUs are measured here, reading in `reading`, memory and small files in `host`; the rate of writing large files
-is assumed.
+Kernels are timed in `kernel_rates`, reading in `reading`, small files in `host`; the rate of writing large files is assumed.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -24,14 +19,12 @@ from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
-from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel, rounds_weights
-from oocattn.kernels.second_pass import of_second_pass
 from oocattn.kernels.state import AttentionState
-from oocattn.plain_threads import plain_threads
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_rates
+from oocattn.planning.kernel_rates import SETTLING_SECONDS, Sample, kernel_rate
 from oocattn.planning.layout import call_size
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
 from oocattn.planning.measured import HALF_RATE_KEYS
@@ -43,20 +36,9 @@ from oocattn.planning.recosting import recost
 from oocattn.planning.sharing import cores_of_lanes, lane_threads, share_machine, with_lanes
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
-from oocattn.problem.scores import Scores
-from oocattn.problem.second_pass import SecondPass
 from oocattn.storage.inputs.dataset import Dataset
 
 logger = logging.getLogger("oocattn")
-
-MOMENT = {"cpu": 0.1, "cuda": 0.05}
-"""Seconds for which a kernel is timed: some tens of calls. On a CPU they are of a core's time."""
-
-PATIENCE = 6
-"""By how much longer that may take where others use the core."""
-
-COPY_BYTES = 64 << 20
-"""Copied to and from a GPU to measure how fast that is."""
 
 SEGMENTS = 40 << 20
 """By how much torch's allocator may take more than it was asked for while a kernel is timed."""
@@ -90,7 +72,7 @@ def describe_hardware(
         threads, half_rate_rows, measuring_bytes = lane_threads(cores, machine_lanes), 256, 0
         flops = kernel_rate(name, Sample.of(problem)) / torch.get_num_threads() * min(threads, cores.machine / machine_lanes)
     else:
-        threads, half_rate_rows = max(1, torch.get_num_threads() // machine_lanes), 2048
+        threads, half_rate_rows = max(1, torch.get_num_threads() // machine_lanes), 1024
         flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
     found = sample_rate(dataset)
     return Hardware(
@@ -105,8 +87,9 @@ def describe_hardware(
         machine_lanes=machine_lanes if machine_lanes < lanes else 0,
         threads=threads,
         cores=cores.machine if device == "cpu" else 0,
-        read_rate=found,
-        reread_rate=reread_rate(problem.input_bytes, int(psutil.virtual_memory().available), found),
+        read_rate=found.rate,
+        reread_rate=reread_rate(problem.input_bytes, int(psutil.virtual_memory().available), found.rate),
+        from_disk=found.from_disk,
         task_seconds=TASK_SECONDS[engine],
         file_seconds=FILE_SECONDS if scratch is None else file_seconds(scratch),
         measuring_bytes=measuring_bytes,
@@ -124,6 +107,8 @@ def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) ->
     """Floating-point operations per second of a kernel in calls of any length, and the bytes that measuring it takes."""
     rows, keys = CUDA_SAMPLE
     measured = kernel_rate(name, Sample.of(problem), rows, keys, "cuda")
+    if problem.flops / measured > 2 * SETTLING_SECONDS:
+        measured = kernel_rate(name, Sample.of(problem), rows, keys, "cuda", settled=True)
     release_cached_memory(torch.device("cuda"))
     inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
     operands = AttentionState.nbytes_for(1, rows, problem.columns) + inputs * problem.itemsize + 4 * keys
@@ -208,81 +193,6 @@ def count_lanes(kernel: str | None) -> int:
     return max(1, torch.cuda.device_count()) if choose_device(kernel) == "cuda" else 1
 
 
-class Sample(NamedTuple):
-    """The kind of call that is timed: dimensions, dtype, and the terms of its scores besides the scale."""
-
-    head_dim: int
-    value_dim: int
-    dtype: str
-    softcap: float | None = None
-    alibi: bool = False
-    biased: bool = False
-    second_pass: SecondPass | None = None
-
-    @classmethod
-    def of(cls, problem: Problem) -> Sample:
-        """That of a problem's tiles."""
-        alibi, biased = problem.given.alibi_slopes is not None, bool(problem.bias_heads)
-        terms = problem.softcap, alibi, biased
-        return cls(problem.head_dim, problem.value_dim, problem.dtype, *terms, problem.second_pass)
-
-    @property
-    def columns(self) -> int:
-        """Columns of a state."""
-        return self.value_dim if self.second_pass is None else self.second_pass.columns
-
-    def operands(self, rows: int, keys: int, where: torch.device) -> Operands:
-        """Random operands of one head."""
-        dtype = getattr(torch, self.dtype)
-        of = {"device": where, "dtype": dtype, "generator": torch.Generator(where)}  # the caller's is left alone
-        query = torch.randn(1, rows, self.head_dim, **of)
-        key, value = (torch.randn(keys, dim, **of) for dim in (self.head_dim, self.value_dim))
-        intervals = make_intervals(Mask.of(rows, keys), range(rows), range(keys)) if self.alibi else None
-        bias = torch.zeros(1, keys, device=where, dtype=torch.float32) if self.biased else None
-        scores = Scores(self.head_dim**-0.5, self.softcap)
-        found = Operands(query, key, value, scores, intervals, (0.01,) if self.alibi else None, bias)
-        if self.second_pass is None:
-            return found
-        shift = torch.full((1, rows), math.log(keys), device=where, dtype=torch.float32)
-        return of_second_pass(found, self.second_pass.of_sample(rows, keys), shift)
-
-
-@lru_cache
-def kernel_rate(name: str, sample: Sample, rows: int = 1024, keys: int = 2048, device: str | None = None) -> float:
-    """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
-
-    On a CPU each of torch's threads makes calls of its own, and the best of each counts, in time on its core: what else the
-    machine does hardly changes that. On a GPU the median call counts, timed there. `device` defaults to the type that the
-    kernel is for.
-    """
-    where = torch.device(device or device_type(name))
-    call = name, sample, rows, keys
-    flops = 2.0 * rows * keys * (sample.head_dim + sample.columns)
-    if where.type == "cpu":
-        cores = torch.get_num_threads()
-        with plain_threads(cores, "oocattn-time", 1) as threads:
-            timed = [threads.submit(_time_calls, *call, where) for _ in range(cores)]
-            return sum(flops / max(min(each.result()), 1e-9) for each in timed)  # a clock may be too coarse
-    where = torch.device("cuda", where.index or 0)
-    return flops / max(median(launcher(where).submit(_time_calls, *call, where).result()), 1e-9)
-
-
-def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> list[float]:
-    """Seconds of calls of a kernel, one after another, for a moment."""
-    kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
-    state = AttentionState.empty(1, rows, sample.columns, where)
-
-    def attend() -> None:
-        kernel.attend(operands, state)
-
-    attend()  # the first call is never the usual one
-    seconds: list[float] = []
-    moment, began = MOMENT[where.type], time.perf_counter()
-    while not seconds or (sum(seconds) < moment and time.perf_counter() - began < PATIENCE * moment):
-        seconds.append(_seconds(attend, where))
-    return seconds
-
-
 def warm_up(problem: Problem, kernel: str | None, precise: bool = False) -> None:
     """Launch on every GPU what a run will launch, if it will use any: at first use libraries are loaded and compiled.
 
@@ -309,36 +219,3 @@ def _launch_everything(name: str, sample: Sample, where: torch.device) -> None:
     torch.cuda.synchronize(where)
     del operands, state
     release_cached_memory(where)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes on `device`, of a CPU on this thread's core; returns when it is done.
-
-    On a GPU the second of two is timed: it is launched while the first one runs, as a run launches ahead. A launch takes
-    0.1 ms, the call that is timed half a millisecond.
-    """
-    if device.type == "cpu":
-        start = time.thread_time()
-        work()
-        return time.thread_time() - start
-    with torch.cuda.device(device):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        work()
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
-
-
-def copy_rates(index: int) -> tuple[float, float]:
-    """Bytes per second of a copy to GPU `index` and of one back, timed on the GPU."""
-    device = torch.device("cuda", index)
-    with torch.cuda.device(device):
-        host = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
-    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-
-    def rate(into: torch.Tensor, source: torch.Tensor) -> float:
-        return COPY_BYTES / _seconds(lambda: into.copy_(source, non_blocking=True), device)
-
-    return rate(there, host), rate(host, there)

@@ -172,7 +172,9 @@ class Plan(Shown):
     def work_seconds(self) -> float:
         """Predicted time of what every plan does: the longer of computing, and reading inputs once and writing results."""
         read = min(self.problem.input_bytes, self.link("read").amount) / self.machine.read_rate
-        return max(self.link("compute").seconds, read + self.link("write").seconds)
+        write = self.link("write").seconds
+        disk = read + write if self.machine.from_disk or self.inputs.from_disk else max(read, write)
+        return max(self.link("compute").seconds, disk)
 
     @property
     def overhead_seconds(self) -> float:

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from oocattn.planning.machine import InputCost
@@ -55,11 +56,22 @@ AHEAD_SHARE = 0.25
 ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
 
-def sample_rate(dataset: Dataset) -> float:
-    """Bytes per second at which directly read arrays come in, by several threads, sampled all over: from cache or disk."""
+FROM_DISK = 1 / 8
+"""Share of the bytes of a sample above which they came from a disk: compressed ones are fewer there than decoded."""
+
+
+class Rate(NamedTuple):
+    """Bytes per second, and whether they came from a disk: not from the page cache, nor over a network."""
+
+    rate: float
+    from_disk: bool
+
+
+def sample_rate(dataset: Dataset) -> Rate:
+    """How fast directly read arrays come in, by several threads, sampled all over."""
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
     if not arrays:
-        return ASSUMED_RATE
+        return Rate(ASSUMED_RATE, from_disk=False)
     parts = SAMPLES * ROUNDS * FEW * (len(arrays) if lie_together(dataset.arrays) else 1)
     buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
     for _ in range(SAMPLE_THREADS):
@@ -90,15 +102,23 @@ def sample_rate(dataset: Dataset) -> float:
         return _best_rate(read_all, SAMPLE_THREADS)
 
 
-def _best_rate(read: Callable[[int], int], threads: int = 1) -> float:
-    """Bytes per second of the fastest of some rounds, undisturbed; `read` takes a round's number and returns its bytes."""
-    rates: list[float] = []
-    began = time.perf_counter()
+def _best_rate(read: Callable[[int], int], threads: int = 1) -> Rate:
+    """The fastest of some rounds, undisturbed; `read` takes a round's number and returns its bytes."""
+    rates, counts = list[float](), list[int]()
+    began, on_disk = time.perf_counter(), _bytes_from_disks()
     while not rates or (len(rates) < ROUNDS and time.perf_counter() - began < ROUND_SECONDS):
-        counts: list[int] = []
-        seconds = undisturbed_seconds(lambda: counts.append(read(len(rates))), threads)  # noqa: B023 - called at once
-        rates.append(counts[0] / max(seconds, 1e-6))
-    return max(rates)
+        seconds = undisturbed_seconds(lambda: counts.append(read(len(rates))), threads)
+        rates.append(counts[-1] / max(seconds, 1e-6))
+    from_cache = _bytes_from_disks() - on_disk < FROM_DISK * sum(counts)  # False for NaN
+    return Rate(max(rates), from_disk=not from_cache)
+
+
+def _bytes_from_disks() -> float:
+    """Bytes that this process has had read from disks, as Linux counts them; NaN where nobody counts."""
+    try:
+        return float(psutil.Process().io_counters().read_bytes)
+    except (AttributeError, OSError, RuntimeError, ValueError, psutil.Error):  # no such system, or no such file there
+        return math.nan
 
 
 def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
@@ -117,7 +137,8 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
     latency = _latency(remote)
     ahead = _most_ahead(remote, host_memory) if latency > SHORT_LATENCY else 0
     alone = [array for array in slow if not (ahead and array.is_remote)]
-    rates = {array.spec.name: read_rate(array, problem, host_memory) for array in alone}
+    found_alone = {array.spec.name: read_rate(array, problem, host_memory) for array in alone}
+    rates = {name: each.rate for name, each in found_alone.items()}
     if ahead:
         rate = read_rate_ahead(remote, problem, host_memory, ahead, latency)
         rates |= {array.spec.name: rate for array in remote}
@@ -125,7 +146,9 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
         f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
         for array in slow
     )
-    found = replace(found, decode_rate=min(rates.values()), align_rows=max(array.chunk_rows for array in slow))
+    from_disk = any(each.from_disk for each in found_alone.values())
+    align_rows = max(array.chunk_rows for array in slow)
+    found = replace(found, decode_rate=min(rates.values()), align_rows=align_rows, from_disk=from_disk)
     if not ahead:
         return replace(found, notes=recorded + decoded)
     ahead = min(ahead, max(LEAST_AHEAD, 1 << math.ceil(WAITS_AHEAD * latency * rate).bit_length()))
@@ -152,11 +175,11 @@ def _most_ahead(remote: Sequence[TensorSource], host_memory: int) -> int:
     return ahead
 
 
-def read_rate(array: TensorSource, problem: Problem, host_memory: int) -> float:
-    """Bytes per second at which parts of an array can be read, whatever is cached, within `host_memory` bytes."""
+def read_rate(array: TensorSource, problem: Problem, host_memory: int) -> Rate:
+    """How fast parts of an array can be read, whatever is cached, within `host_memory` bytes."""
     rows = _sample_rows(array, problem, host_memory - array.decode_bytes)
     if rows < 1:
-        return ASSUMED_RATE
+        return Rate(ASSUMED_RATE, from_disk=True)
     buffer = np.empty((rows, *array.row_shape), array.dtype)
     tokens = _tokens(array, problem)
 

@@ -9,7 +9,7 @@ from oocattn.cli import doctor
 from oocattn.kernels.cpu import CpuKernel
 from oocattn.kernels.merging import finalise
 from oocattn.kernels.registry import kernel_names
-from oocattn.planning.measure import MOMENT, kernel_rate
+from oocattn.planning.kernel_rates import MOMENT, kernel_rate
 from oocattn.problem.scores import Scores
 
 

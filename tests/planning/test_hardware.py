@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+from made_up import MIB
 from support import normal_arrays, write_dataset
 from zarr.codecs import ZstdCodec
 
@@ -53,9 +56,32 @@ def test_what_is_not_cached_is_measured_so(names: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(timing, "_TASKS", tmp_path)  # where threads wait for cores is the subject of test_timing
     arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False, axes=Axes("bhnd")) for name in "qkv"}
     dataset = SimpleNamespace(arrays=arrays)
-    rate = sample_rate(dataset)
+    rate = sample_rate(dataset).rate
     assert 0.5 * PIECE_BYTES / SECONDS < rate <= 1.5 * PIECE_BYTES / SECONDS
-    assert sample_rate(dataset) > 2 * rate  # now it is cached
+    assert sample_rate(dataset).rate > 2 * rate  # now it is cached
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="nobody counts what comes from a disk")
+@pytest.mark.parametrize("compressors", [None, ZstdCodec()])
+def test_a_plan_knows_whether_inputs_come_from_a_disk(tmp_path: Path, compressors: ZstdCodec | None) -> None:
+    arrays = normal_arrays(60_000, head_dim=64, dtype="float16", heads=1)
+    dataset = write_dataset(tmp_path / "dataset.zarr", arrays, compressors=compressors)
+    for path in dataset.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = psutil.Process().io_counters().read_bytes
+    plans = [oocattn.plan(dataset) for _ in range(2)]
+    if psutil.Process().io_counters().read_bytes - before < MIB:
+        pytest.skip("the file system keeps all in memory")
+    assert [plan.machine.from_disk or plan.inputs.from_disk for plan in plans] == [True, False]
+
+
+def test_what_comes_from_a_disk_is_unknown_where_nobody_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(300))
+    monkeypatch.delattr(psutil.Process, "io_counters")
+    assert oocattn.plan(dataset).machine.from_disk
 
 
 def test_reads_that_all_fail_end_with_their_error() -> None:

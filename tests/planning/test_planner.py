@@ -134,6 +134,16 @@ def test_strips_come_first_where_they_are_faster() -> None:
     assert plan(problem, machine, **options) == strips
 
 
+def test_reading_from_the_page_cache_takes_nothing_from_the_disk() -> None:
+    """Of two links as long as each other, one is behind the other."""
+    machine = replace(MACHINE, kernel_flops=1e18, read_rate=1e9, write_rate=1e9, task_seconds=1e-9)
+    problem, options = a_problem(1 << 20, head_dim=128, causal=False), {"chunks": 1, "decomposition": "cqs"}
+    apart, shared = (plan(problem, replace(machine, from_disk=value), **options) for value in (False, True))
+    read, write = apart.link("read").seconds, apart.link("write").seconds
+    assert min(read, write) > 0.2
+    assert shared.seconds - apart.seconds == pytest.approx(min(read, write))
+
+
 @given(problems(), st.integers(1, 200), st.sampled_from(["cqs", "strips"]))
 @settings(max_examples=50)
 def test_chunks_and_decomposition_can_be_pinned(problem: Problem, chunks: int, decomposition: str) -> None:

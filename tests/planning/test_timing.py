@@ -15,8 +15,9 @@ from support import normal_arrays, write_dataset
 
 import oocattn
 from oocattn.pipelines.watch import report as report_module
-from oocattn.planning import measure, timing
-from oocattn.planning.measure import MOMENT, Sample, kernel_rate
+from oocattn.planning import kernel_rates, measure, timing
+from oocattn.planning.kernel_rates import MOMENT, Sample, kernel_rate
+from oocattn.planning.reading import Rate
 
 
 def test_waiting_for_a_core_does_not_count_and_other_waiting_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +104,13 @@ def test_work_is_not_faster_than_all_cores(tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_kernel_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MOMENT, "cpu", 0.001)
-    monkeypatch.setattr(measure, "get_kernel", lambda name: SimpleNamespace(attend=lambda *_: time.sleep(0.005)))
+    monkeypatch.setattr(kernel_rates, "get_kernel", lambda name: SimpleNamespace(attend=lambda *_: time.sleep(0.005)))
     kernel_rate.cache_clear()
     try:
         rate = kernel_rate("cpu", Sample(8, 8, "float32"), 16, 16)
     finally:
         kernel_rate.cache_clear()  # that of no kernel
-    assert rate > 2 * 2 * 16 * 16 * 16 / 0.005 * measure.torch.get_num_threads()
+    assert rate > 2 * 2 * 16 * 16 * 16 / 0.005 * kernel_rates.torch.get_num_threads()
 
 
 def test_what_it_takes_to_launch_a_kernel_does_not_count_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,18 +136,43 @@ def test_what_it_takes_to_launch_a_kernel_does_not_count_on_a_gpu(monkeypatch: p
         now += 2.0
         done = max(now, done) + 5.0
 
-    monkeypatch.setattr(measure.torch.cuda, "Event", Event)
-    monkeypatch.setattr(measure.torch.cuda, "device", lambda _: nullcontext())
-    device = measure.torch.device("cuda", 0)
-    assert [measure._seconds(launch, device) for _ in range(3)] == pytest.approx([5.0] * 3)
+    monkeypatch.setattr(kernel_rates.torch.cuda, "Event", Event)
+    monkeypatch.setattr(kernel_rates.torch.cuda, "device", lambda _: nullcontext())
+    device = kernel_rates.torch.device("cuda", 0)
+    assert [kernel_rates._seconds(launch, device) for _ in range(3)] == pytest.approx([5.0] * 3)
+
+
+@pytest.mark.parametrize(("settled", "rate"), [(False, 2.0), (True, 1.0)])
+def test_the_rate_of_a_gpu_is_that_of_its_clock_once_it_has_settled(
+    monkeypatch: pytest.MonkeyPatch, settled: bool, rate: float
+) -> None:
+    """A clock that falls to half after a third of a second."""
+    now = 0.0
+
+    def seconds(work: object, where: object) -> float:
+        nonlocal now
+        taken = 0.01 if now < 0.33 else 0.02
+        now += 2 * taken
+        return taken
+
+    sample, gpu = Sample(8, 8, "float32"), kernel_rates.torch.device("cuda", 0)
+    at_once = SimpleNamespace(submit=lambda work, *given: SimpleNamespace(result=lambda: work(*given)))
+    monkeypatch.setattr(kernel_rates, "launcher", lambda _: at_once)
+    monkeypatch.setattr(kernel_rates.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(kernel_rates, "get_kernel", lambda _: SimpleNamespace(attend=lambda *_: None))
+    monkeypatch.setattr(Sample, "operands", lambda *_: None)
+    monkeypatch.setattr(kernel_rates.AttentionState, "empty", lambda *_: None)
+    monkeypatch.setattr(kernel_rates, "_seconds", seconds)
+    found = kernel_rate.__wrapped__("any", sample, 16, 16, gpu.type, settled=settled)
+    assert found == pytest.approx(rate * 2 * 16 * 16 * 16 / 0.02)
 
 
 def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write_dataset(tmp_path / "dataset.zarr", normal_arrays(300))
     plans = []
     for share in (0.8, 1.2):
-        monkeypatch.setattr(measure, "kernel_rate", lambda *_, share=share: share * 2.0**37)
-        monkeypatch.setattr(measure, "sample_rate", lambda _, share=share: share * 2.0**30)
+        monkeypatch.setattr(measure, "kernel_rate", lambda *_, share=share, **__: share * 2.0**37)
+        monkeypatch.setattr(measure, "sample_rate", lambda _, share=share: Rate(share * 2.0**30, from_disk=True))
         plans.append(oocattn.plan(dataset))
     assert plans[0].digest == plans[1].digest
     assert [plan.machine.read_rate for plan in plans] == [0.8 * 2.0**30, 1.2 * 2.0**30]

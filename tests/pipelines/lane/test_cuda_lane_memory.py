@@ -27,7 +27,7 @@ from oocattn.operations import forward, make_operation
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda import CudaDevice
 from oocattn.pipelines.lane.rehearsal import rehearse, sample_tiles
-from oocattn.planning.measure import kernel_rate
+from oocattn.planning.kernel_rates import kernel_rate
 from oocattn.problem.mask import Cover
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]

@@ -1,0 +1,150 @@
+"""Kernels and copies, timed on this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from oocattn.kernels.cuda.device import launcher
+from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import Operands
+from oocattn.kernels.registry import device_type, get_kernel
+from oocattn.kernels.second_pass import of_second_pass
+from oocattn.kernels.state import AttentionState
+from oocattn.plain_threads import plain_threads
+from oocattn.problem.mask import Mask
+from oocattn.problem.problem import Problem
+from oocattn.problem.scores import Scores
+from oocattn.problem.second_pass import SecondPass
+
+MOMENT = {"cpu": 0.1, "cuda": 0.05}
+"""Seconds for which a kernel is timed: some tens of calls. On a CPU they are of a core's time."""
+
+SETTLING_SECONDS = 0.4
+"""After so long a GPU has the clock that its power allows, 0.84 to 0.92 of the first (H200, D = 128 and 64)."""
+
+PATIENCE = 6
+"""By how much longer that may take where others use the core."""
+
+COPY_BYTES = 64 << 20
+"""Copied to and from a GPU to measure how fast that is."""
+
+
+class Sample(NamedTuple):
+    """The kind of call that is timed: dimensions, dtype, and the terms of its scores besides the scale."""
+
+    head_dim: int
+    value_dim: int
+    dtype: str
+    softcap: float | None = None
+    alibi: bool = False
+    biased: bool = False
+    second_pass: SecondPass | None = None
+
+    @classmethod
+    def of(cls, problem: Problem) -> Sample:
+        """That of a problem's tiles."""
+        alibi, biased = problem.given.alibi_slopes is not None, bool(problem.bias_heads)
+        terms = problem.softcap, alibi, biased
+        return cls(problem.head_dim, problem.value_dim, problem.dtype, *terms, problem.second_pass)
+
+    @property
+    def columns(self) -> int:
+        """Columns of a state."""
+        return self.value_dim if self.second_pass is None else self.second_pass.columns
+
+    def operands(self, rows: int, keys: int, where: torch.device) -> Operands:
+        """Random operands of one head."""
+        dtype = getattr(torch, self.dtype)
+        of = {"device": where, "dtype": dtype, "generator": torch.Generator(where)}  # the caller's is left alone
+        query = torch.randn(1, rows, self.head_dim, **of)
+        key, value = (torch.randn(keys, dim, **of) for dim in (self.head_dim, self.value_dim))
+        intervals = make_intervals(Mask.of(rows, keys), range(rows), range(keys)) if self.alibi else None
+        bias = torch.zeros(1, keys, device=where, dtype=torch.float32) if self.biased else None
+        scores = Scores(self.head_dim**-0.5, self.softcap)
+        found = Operands(query, key, value, scores, intervals, (0.01,) if self.alibi else None, bias)
+        if self.second_pass is None:
+            return found
+        shift = torch.full((1, rows), math.log(keys), device=where, dtype=torch.float32)
+        return of_second_pass(found, self.second_pass.of_sample(rows, keys), shift)
+
+
+@lru_cache
+def kernel_rate(
+    name: str, sample: Sample, rows: int = 1024, keys: int = 2048, device: str | None = None, *, settled: bool = False
+) -> float:
+    """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
+
+    On a CPU each of torch's threads makes calls of its own, and the best of each counts, in time on its core: what else the
+    machine does hardly changes that. On a GPU the median call counts, timed there, if `settled` when its clock has.
+    `device` defaults to the type that the kernel is for.
+    """
+    where = torch.device(device or device_type(name))
+    call = name, sample, rows, keys
+    flops = 2.0 * rows * keys * (sample.head_dim + sample.columns)
+    if where.type == "cpu":
+        cores = torch.get_num_threads()
+        with plain_threads(cores, "oocattn-time", 1) as threads:
+            timed = [threads.submit(_time_calls, *call, where) for _ in range(cores)]
+            return sum(flops / max(min(each.result()), 1e-9) for each in timed)  # a clock may be too coarse
+    where = torch.device("cuda", where.index or 0)
+    before = SETTLING_SECONDS if settled else 0.0
+    return flops / max(median(launcher(where).submit(_time_calls, *call, where, before).result()), 1e-9)
+
+
+def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device, before: float = 0.0) -> list[float]:
+    """Seconds of calls of a kernel, one after another, for a moment, after others for `before` seconds."""
+    kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
+    state = AttentionState.empty(1, rows, sample.columns, where)
+
+    def attend() -> None:
+        kernel.attend(operands, state)
+
+    attend()  # the first call is never the usual one
+    began = time.perf_counter()
+    while time.perf_counter() - began < before:
+        _seconds(attend, where)
+    seconds: list[float] = []
+    moment, began = MOMENT[where.type], time.perf_counter()
+    while not seconds or (sum(seconds) < moment and time.perf_counter() - began < PATIENCE * moment):
+        seconds.append(_seconds(attend, where))
+    return seconds
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes on `device`, of a CPU on this thread's core; returns when it is done.
+
+    On a GPU the second of two is timed: it is launched while the first one runs, as a run launches ahead. A launch takes
+    0.1 ms, the call that is timed half a millisecond.
+    """
+    if device.type == "cpu":
+        start = time.thread_time()
+        work()
+        return time.thread_time() - start
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        work()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+
+def copy_rates(index: int) -> tuple[float, float]:
+    """Bytes per second of a copy to GPU `index` and of one back, timed on the GPU."""
+    device = torch.device("cuda", index)
+    with torch.cuda.device(device):
+        host = torch.empty(COPY_BYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
+    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+
+    def rate(into: torch.Tensor, source: torch.Tensor) -> float:
+        return COPY_BYTES / _seconds(lambda: into.copy_(source, non_blocking=True), device)
+
+    return rate(there, host), rate(host, there)
