@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +123,7 @@ class _Torch:
 
         nothing = lambda *_: None  # noqa: E731
         self.cuda = SimpleNamespace(Event=Event, Stream=Stream, stream=stream, empty_cache=nothing, synchronize=nothing)
+        self.cuda.device = nullcontext
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -155,10 +156,8 @@ def measured(kernel: str, problem: Problem) -> tuple[int, int]:
     """What a kernel's rate is measured in for a problem, at most, and what the plan says of it; in bytes."""
     with a_gpu_of_sizes() as allocator, pytest.MonkeyPatch.context() as patch:
         sample = kernel_rates.Sample.of(problem)
-        patch.setattr(kernel_rates, "_seconds", lambda work, _: work() or 1.0)
         patch.setattr(measure, "release_cached_memory", lambda _: None)
-        patch.setitem(kernel_rates.MOMENT, "meta", 1.0)
-        kernel_rates._time_calls(kernel, sample, *measure.CUDA_SAMPLE, META)
+        kernel_rates._time_launches(kernel, sample, *measure.CUDA_SAMPLE, META, 0.0)
         measure._launch_everything(kernel, sample, META)
         patch.setattr(measure, "kernel_rate", lambda *_, **__: 1.0)
         return allocator.most_reserved, measure._gpu_rate(kernel, problem, 2048, 1)[1]

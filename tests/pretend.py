@@ -36,7 +36,7 @@ class Event:
     def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
         self.seconds = 0.0
 
-    def record(self, stream: Stream) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         self.seconds = time.perf_counter()
 
     def synchronize(self) -> None:

@@ -2,8 +2,8 @@
 
 Seconds of a run. Links that work at the same time do not add up, the longest counts:
 
-    compute   on a GPU its own; on a CPU it takes turns with Python, some of what bytes and scheduling take of the cores, and
-              partials that its thread writes
+    compute   on a GPU its own, and what is between two subproblems; on a CPU it takes turns with Python, some of what bytes
+              and scheduling take of the cores, and partials that its thread writes
     copy      between host and device
     disk      partials and write share it with read, unless that is from the page cache or a network, and add up
     files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
@@ -24,13 +24,13 @@ import numpy as np
 from oocattn.planning.decoding import times_decoded, times_keys_decoded
 from oocattn.planning.interleaving import Holding, choose_holding
 from oocattn.planning.layout import Candidate, Layout, lay_out
-from oocattn.planning.live import keys_needed, row_edges, shapes_of_documents
+from oocattn.planning.live import keys_needed, row_edges
 from oocattn.planning.machine import Hardware, InputCost
 from oocattn.planning.measured import (
+    BETWEEN_SECONDS,
     CALL_SECONDS,
     CORE_READ_RATE,
     CORE_WRITE_RATE,
-    DOCUMENT_ROWS,
     HALF_RATE_KEYS,
     LAUNCH_SECONDS,
     PARTIAL_FILE_SECONDS,
@@ -41,12 +41,11 @@ from oocattn.planning.measured import (
     RUN_FILES,
     RUN_SECONDS,
     TASK_SHARE,
-    TRIANGLE_ROWS,
 )
 from oocattn.planning.memory import Tiles, partial_file_bytes, sums_bytes
 from oocattn.planning.plan import Link, Plan
 from oocattn.planning.waiting import asking, reading, sending
-from oocattn.planning.work import Work, work_of
+from oocattn.planning.work import Work, calls_apart, edge_calls, work_of
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
@@ -129,6 +128,8 @@ class _Run:
             waiting = TASK_SHARE * (self._scheduling_seconds + self._byte_seconds) + self._python_seconds
             waiting += written * self.hardware.file_seconds
             compute += waiting / (self.hardware.lanes * min(1.0, self.hardware.lane_cores))
+        else:
+            compute += self._total(lambda work: work.subproblems) * BETWEEN_SECONDS * self._balance
         last_files = (self._last_share * self._chunk_files + RUN_FILES) * self.hardware.file_seconds
         files = seconds["write"] + seconds["files"] - last_files  # that are written while others compute
         longest = max(compute, disk, seconds["read"], seconds.get("copy", 0.0), seconds["tasks"], files)
@@ -271,25 +272,11 @@ class _Run:
         rate = hardware.kernel_flops * rows / (rows + hardware.half_rate_rows)
         if hardware.device == "cuda":
             seconds = self.problem.flops / (rate * tiles.key / (tiles.key + HALF_RATE_KEYS))
-            return (seconds + self._total(self._calls_apart) * LAUNCH_SECONDS) * self._balance
-        calls = self._handed_back + self._total(self._edge_calls)
+            apart = self._total(lambda work: calls_apart(work, self.problem)) * LAUNCH_SECONDS
+            return (seconds + apart) * self._balance
+        calls = self._handed_back
+        calls += self._total(lambda work: edge_calls(work, self.problem, self.candidate.query_chunks))
         return (self.problem.flops / rate + calls * CALL_SECONDS) * self._balance
-
-    def _edge_calls(self, work: Work) -> int:
-        """Library calls on a CPU for documents, and at the ends of the keys of rows, where these move: halved triangles.
-
-        A window has two ends, whose equal parts are joined into half as many calls.
-        """
-        mask = work.mask
-        moves = mask.causal or mask.right is not None or mask.left is not None
-        documents = self._calls_apart(work) + (shapes_of_documents(mask, DOCUMENT_ROWS) - 1 if mask.documents > 1 else 0)
-        pieces = 2 * ceil_div(self.problem.out_rows, TRIANGLE_ROWS) + self.candidate.query_chunks + documents
-        return pieces if moves else documents
-
-    def _calls_apart(self, work: Work) -> int:
-        """Calls for a document's keys on both sides of a gap: joined, these would not be at their distances."""
-        apart = self.problem.given.alibi_slopes is not None and (work.mask.sinks or work.mask.prefix)
-        return work.key_gaps if apart else 0
 
     def _compute(self) -> Link:
         return Link("compute", self.problem.flops, self._compute_seconds)

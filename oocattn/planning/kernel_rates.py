@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -25,6 +27,9 @@ from oocattn.problem.second_pass import SecondPass
 
 MOMENT = {"cpu": 0.1, "cuda": 0.05}
 """Seconds for which a kernel is timed: some tens of calls. On a CPU they are of a core's time."""
+
+CALLS_AHEAD, LAST_CALLS = 4, 64
+"""Calls that are launched on a GPU ahead of the one that it computes, and the last ones, which count."""
 
 SETTLING_SECONDS = 0.4
 """After so long a GPU has the clock that its power allows, 0.84 to 0.92 of the first (H200, D = 128 and 64)."""
@@ -94,47 +99,53 @@ def kernel_rate(
             timed = [threads.submit(_time_calls, *call, where) for _ in range(cores)]
             return sum(flops / max(min(each.result()), 1e-9) for each in timed)  # a clock may be too coarse
     where = torch.device("cuda", where.index or 0)
-    before = SETTLING_SECONDS if settled else 0.0
-    return flops / max(median(launcher(where).submit(_time_calls, *call, where, before).result()), 1e-9)
+    moment = MOMENT["cuda"] + (SETTLING_SECONDS if settled else 0.0)
+    seconds = launcher(where).submit(_time_launches, *call, where, moment).result()
+    return flops / max(median(seconds), 1e-9)
 
 
-def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device, before: float = 0.0) -> list[float]:
-    """Seconds of calls of a kernel, one after another, for a moment, after others for `before` seconds."""
+def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> list[float]:
+    """Seconds of calls of a kernel on this thread's core, one after another, for a moment."""
+    attend = _calls(name, sample, rows, keys, where)
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while not seconds or (sum(seconds) < MOMENT["cpu"] and time.perf_counter() - began < PATIENCE * MOMENT["cpu"]):
+        start = time.thread_time()
+        attend()
+        seconds.append(time.thread_time() - start)
+    return seconds
+
+
+def _time_launches(name: str, sample: Sample, rows: int, keys: int, where: torch.device, moment: float) -> list[float]:
+    """Seconds of the last calls of a kernel on a GPU, which are launched ahead for so long, as a run does.
+
+    A GPU that waits for each has a faster clock than one that is busy all the time.
+    """
+    with torch.cuda.device(where):
+        attend = _calls(name, sample, rows, keys, where)
+        ends = deque[torch.cuda.Event](maxlen=LAST_CALLS)
+        began = time.perf_counter()
+        while len(ends) < 3 or time.perf_counter() - began < moment:
+            attend()
+            end = torch.cuda.Event(enable_timing=True)
+            end.record()
+            ends.append(end)
+            if len(ends) > CALLS_AHEAD:
+                ends[-1 - CALLS_AHEAD].synchronize()
+        ends[-1].synchronize()
+        return [first.elapsed_time(second) / 1e3 for first, second in pairwise(ends)]
+
+
+def _calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> Callable[[], None]:
+    """What calls the kernel on a sample, and has done so once: the first call is never the usual one."""
     kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
     state = AttentionState.empty(1, rows, sample.columns, where)
 
     def attend() -> None:
         kernel.attend(operands, state)
 
-    attend()  # the first call is never the usual one
-    began = time.perf_counter()
-    while time.perf_counter() - began < before:
-        _seconds(attend, where)
-    seconds: list[float] = []
-    moment, began = MOMENT[where.type], time.perf_counter()
-    while not seconds or (sum(seconds) < moment and time.perf_counter() - began < PATIENCE * moment):
-        seconds.append(_seconds(attend, where))
-    return seconds
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """How long `work` takes on `device`, of a CPU on this thread's core; returns when it is done.
-
-    On a GPU the second of two is timed: it is launched while the first one runs, as a run launches ahead. A launch takes
-    0.1 ms, the call that is timed half a millisecond.
-    """
-    if device.type == "cpu":
-        start = time.thread_time()
-        work()
-        return time.thread_time() - start
-    with torch.cuda.device(device):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        work()
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end)) / 1e3
+    attend()
+    return attend
 
 
 def copy_rates(index: int) -> tuple[float, float]:
@@ -145,6 +156,13 @@ def copy_rates(index: int) -> tuple[float, float]:
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
 
     def rate(into: torch.Tensor, source: torch.Tensor) -> float:
-        return COPY_BYTES / _seconds(lambda: into.copy_(source, non_blocking=True), device)
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            into.copy_(source, non_blocking=True)
+            begin.record()
+            into.copy_(source, non_blocking=True)
+            end.record()
+            end.synchronize()
+            return float(COPY_BYTES * 1e3 / begin.elapsed_time(end))
 
     return rate(there, host), rate(host, there)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from oocattn.division.base import Division
 from oocattn.division.quorums import CyclicQuorums
-from oocattn.planning.live import ChunkGrid, dead_gaps, kept_with_mask, keys_needed, keys_of_quorums
+from oocattn.planning.live import ChunkGrid, dead_gaps, kept_with_mask, keys_needed, keys_of_quorums, shapes_of_documents
+from oocattn.planning.measured import DOCUMENT_ROWS, TRIANGLE_ROWS
 from oocattn.planning.plan import divide
 from oocattn.problem.mask import Mask
+from oocattn.problem.problem import Problem
+from oocattn.units import ceil_div
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,22 @@ def _numbers_of(mask: Mask, grid: ChunkGrid, decomposition: str, span: int) -> t
 def work_of(mask: Mask, head_groups: int, grid: ChunkGrid, decomposition: str, span: int) -> Work:
     """The work of so many head groups of one mask, on this grid and in this division."""
     return Work(mask, head_groups, *_numbers_of(mask, grid, decomposition, span))
+
+
+def edge_calls(work: Work, problem: Problem, query_chunks: int) -> int:
+    """Library calls on a CPU for documents, and at the ends of the keys of rows, where these move: halved triangles.
+
+    A window has two ends, whose equal parts are joined into half as many calls.
+    """
+    mask = work.mask
+    moves = mask.causal or mask.right is not None or mask.left is not None
+    documents = calls_apart(work, problem)
+    documents += shapes_of_documents(mask, DOCUMENT_ROWS) - 1 if mask.documents > 1 else 0
+    pieces = 2 * ceil_div(problem.out_rows, TRIANGLE_ROWS) + query_chunks + documents
+    return pieces if moves else documents
+
+
+def calls_apart(work: Work, problem: Problem) -> int:
+    """Calls for a document's keys on both sides of a gap: joined, these would not be at their distances."""
+    apart = problem.given.alibi_slopes is not None and (work.mask.sinks or work.mask.prefix)
+    return work.key_gaps if apart else 0

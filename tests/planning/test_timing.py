@@ -113,58 +113,62 @@ def test_a_kernel_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rate > 2 * 2 * 16 * 16 * 16 / 0.005 * kernel_rates.torch.get_num_threads()
 
 
-def test_what_it_takes_to_launch_a_kernel_does_not_count_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU that works for 5 s a call, which takes 2 s to launch: it does what was launched, in order, while others are."""
-    now = done = 0.0
+class PretendedGpu:
+    """A GPU that does what was launched in order, while others are: a launch takes `launch` seconds.
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            self.seconds = 0.0
+    A call takes `first` seconds, and `settled` from the third of a second on.
+    """
 
-        def record(self) -> None:
-            self.seconds = max(now, done)
+    def __init__(self, launch: float, first: float, settled: float) -> None:
+        self.launch, self.first, self.settled = launch, first, settled
+        self.now = self.done = 0.0
 
-        def synchronize(self) -> None:
-            nonlocal now
-            now = max(now, self.seconds)
+    def attend(self, *_: object) -> None:
+        self.now += self.launch
+        begins = max(self.now, self.done)
+        self.done = begins + (self.first if begins < 1 / 3 else self.settled)
 
-        def elapsed_time(self, later: Event) -> float:
-            return (later.seconds - self.seconds) * 1e3
-
-    def launch() -> None:
-        nonlocal now, done
-        now += 2.0
-        done = max(now, done) + 5.0
-
-    monkeypatch.setattr(kernel_rates.torch.cuda, "Event", Event)
-    monkeypatch.setattr(kernel_rates.torch.cuda, "device", lambda _: nullcontext())
-    device = kernel_rates.torch.device("cuda", 0)
-    assert [kernel_rates._seconds(launch, device) for _ in range(3)] == pytest.approx([5.0] * 3)
+    def event(self, enable_timing: bool) -> PretendedEvent:
+        return PretendedEvent(self)
 
 
-@pytest.mark.parametrize(("settled", "rate"), [(False, 2.0), (True, 1.0)])
-def test_the_rate_of_a_gpu_is_that_of_its_clock_once_it_has_settled(
-    monkeypatch: pytest.MonkeyPatch, settled: bool, rate: float
+class PretendedEvent:
+    """An event behind all that was launched before."""
+
+    def __init__(self, gpu: PretendedGpu) -> None:
+        self.gpu, self.seconds = gpu, 0.0
+
+    def record(self) -> None:
+        self.seconds = max(self.gpu.now, self.gpu.done)
+
+    def synchronize(self) -> None:
+        self.gpu.now = max(self.gpu.now, self.seconds)
+
+    def elapsed_time(self, later: PretendedEvent) -> float:
+        return (later.seconds - self.seconds) * 1e3
+
+
+@pytest.mark.parametrize(
+    ("launch", "first", "settled", "found", "settled_found"),
+    [(0.002, 0.005, 0.005, 0.005, 0.005), (0.0001, 0.001, 0.0012, 0.001, 0.0012), (0.01, 0.3, 0.3, 0.3, 0.3)],
+    ids=["a launch does not count", "the clock falls", "long calls"],
+)
+def test_a_kernel_is_timed_on_a_gpu_that_never_waits(
+    monkeypatch: pytest.MonkeyPatch, launch: float, first: float, settled: float, found: float, settled_found: float
 ) -> None:
-    """A clock that falls to half after a third of a second."""
-    now = 0.0
-
-    def seconds(work: object, where: object) -> float:
-        nonlocal now
-        taken = 0.01 if now < 0.33 else 0.02
-        now += 2 * taken
-        return taken
-
-    sample, gpu = Sample(8, 8, "float32"), kernel_rates.torch.device("cuda", 0)
+    gpu = PretendedGpu(launch, first, settled)
     at_once = SimpleNamespace(submit=lambda work, *given: SimpleNamespace(result=lambda: work(*given)))
     monkeypatch.setattr(kernel_rates, "launcher", lambda _: at_once)
-    monkeypatch.setattr(kernel_rates.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(kernel_rates, "get_kernel", lambda _: SimpleNamespace(attend=lambda *_: None))
+    monkeypatch.setattr(kernel_rates, "time", SimpleNamespace(perf_counter=lambda: gpu.now))
+    monkeypatch.setattr(kernel_rates, "get_kernel", lambda _: gpu)
+    monkeypatch.setattr(kernel_rates.torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(kernel_rates.torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(Sample, "operands", lambda *_: None)
     monkeypatch.setattr(kernel_rates.AttentionState, "empty", lambda *_: None)
-    monkeypatch.setattr(kernel_rates, "_seconds", seconds)
-    found = kernel_rate.__wrapped__("any", sample, 16, 16, gpu.type, settled=settled)
-    assert found == pytest.approx(rate * 2 * 16 * 16 * 16 / 0.02)
+    for clock, expected in ((False, found), (True, settled_found)):
+        gpu.now = gpu.done = 0.0
+        rate = kernel_rate.__wrapped__("any", Sample(8, 8, "float32"), 16, 16, "cuda", settled=clock)
+        assert 2 * 16 * 16 * 16 / rate == pytest.approx(expected)
 
 
 def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
