@@ -16,7 +16,7 @@ from oocattn.operations.base import Input, SummedBlock
 from oocattn.operations.ledger import LedgerChecker, enter_tile
 from oocattn.operations.staging import MOST_KEPT_DOCUMENTS, StagedRows
 from oocattn.operations.tiles import Tile, make_tiles
-from oocattn.planning.memory import LEDGER_ROWS
+from oocattn.planning.memory import ledger_rows
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import HeadGroup
@@ -33,7 +33,7 @@ class Forward:
         self._plan = plan
         self._problem = problem = plan.problem
         self._kernel = get_kernel(plan.kernel)
-        self._ledger = LedgerChecker(min(LEDGER_ROWS, plan.chunk_rows))
+        self._ledger = LedgerChecker(ledger_rows(plan.device, plan.chunk_rows))
         self._kept_tiles = lru_cache(KEPT_PIECES)(partial(_cut_all, plan))
         self._projection: Tensor | None = None  # of values
         self.query_inputs, self.key_inputs = (tuple(map(Input.of, arrays(problem))) for arrays in (query_arrays, key_arrays))

@@ -25,7 +25,7 @@ QUERY_SLOTS = 2  # query tiles on a GPU, each with its state: one computed, one 
 KEY_SLOTS = 3  # key tiles on a GPU at a time: one that is attended and two that are copied in
 PARTIAL_BLOCK_ROWS = 4096  # rows of a block of a partial's file: some megabytes, so that merging streams
 PAGE = 4096  # multiple to which a file's header, before its blocks, is padded
-FINALISED_ROWS, FINALISED_BYTES = 32768, 12 << 20
+FINALISED_ROWS, FINALISED_BYTES = 32768, 64 << 20
 """Rows of one head that a GPU finalises at a time: so many, or those of so many bytes; each time takes ten calls."""
 
 WRITERS = {"cpu": 1, "cuda": 4}  # threads that write chunks of `out`: one makes checksums and copies of 0.6 GB/s
@@ -38,8 +38,8 @@ PARTIAL_BUFFERS = {"cpu": 1, "cuda": 2}  # partials on their way to disk: on a G
 TOTALS_SLOTS = PARTIAL_BUFFERS["cuda"] + 1  # sums over the rows of blocks on a GPU, and those before a tile
 MERGE_SCRATCH_BYTES = 2 << 20  # temporaries of one merge and one finalisation, which may run beside the kernel
 LEDGER_SCRATCH_BYTES = 2 << 20  # temporaries of the ledger: some rows are entered while others are checked
-LEDGER_ROWS, LEDGER_ROW_BYTES = 1 << 17, 33
-"""Rows of which numbers are compared at a time, and the bytes of each: with fewer, threads often wait for Python's lock."""
+LEDGER_ROWS, LEDGER_ROW_BYTES = {"cpu": 1 << 15, "cuda": 1 << 19}, 33
+"""Rows of which numbers are compared at a time, and the bytes of each: fewer make threads of GPUs wait for Python's lock."""
 
 KEY_NUMBER_BYTES = 16  # of the number of each staged key that a survey has, twice while they are gathered
 ALIGNMENT = 256  # every buffer begins at a multiple of this
@@ -155,7 +155,7 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
     asked = problem.second_pass
     numbers = KEY_NUMBER_BYTES * keys if asked is not None and asked.reduced is not None else 0
     host = buffers.nbytes(problem) + sending_bytes(problem, buffers)
-    host += MERGE_SCRATCH_BYTES + ledger_bytes(buffers.chunk_rows) + numbers
+    host += MERGE_SCRATCH_BYTES + ledger_bytes(buffers.device, buffers.chunk_rows) + numbers
     if buffers.device == "cuda":
         totals = totals_bytes(asked, problem.group_size, buffers.chunk_rows, keys)
         return DevicePieces.of(problem, tiles, buffers.partials, totals).nbytes + kernel_scratch, host + totals
@@ -163,9 +163,14 @@ def lane_bytes(problem: Problem, buffers: Buffers, tiles: Tiles, kernel_scratch:
     return buffers.slots * buffers.slot + working, host + working
 
 
-def ledger_bytes(chunk_rows: int) -> int:
+def ledger_rows(device: str, chunk_rows: int) -> int:
+    """Rows of which a lane compares ledgers at a time."""
+    return min(LEDGER_ROWS[device], chunk_rows)
+
+
+def ledger_bytes(device: str, chunk_rows: int) -> int:
     """Temporaries of the ledger of chunks of so many rows, in host memory."""
-    return LEDGER_SCRATCH_BYTES + LEDGER_ROW_BYTES * min(LEDGER_ROWS, chunk_rows)
+    return LEDGER_SCRATCH_BYTES + LEDGER_ROW_BYTES * ledger_rows(device, chunk_rows)
 
 
 def finalised_rows(columns: int, tile_rows: int) -> int:

@@ -170,7 +170,7 @@ def test_a_gpu_lane_allocates_exactly_what_was_planned(
     lane.close()
     memory, rest = left[-1]
     assert rest < SEGMENT + ALIGNMENT or memory == LEAST_ARENA
-    temporaries = MERGE_SCRATCH_BYTES + ledger_bytes(made.chunk_rows)
+    temporaries = MERGE_SCRATCH_BYTES + ledger_bytes("cuda", made.chunk_rows)
     assert sum(pinned) == planned_memory(made.problem, made.buffers, made.tiles, 0, 0)[1] - temporaries
 
 
