@@ -86,14 +86,20 @@ def test_no_run_is_called_wrong_in_many_problems(first: int, fast_path: Path) ->
 @pytest.mark.parametrize(("tokens", "head_dim", "most"), [(300, 64, 10), (1500, 64, 10), (1500, 128, 10), (700, 256, 11)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_unit_normal_rows_are_allowed_little(tokens: int, head_dim: int, most: int, causal: bool) -> None:
-    """The median allowance is at most ten times the median error of torch's float32; of D = 256 on some processors 10.7."""
+    """The median allowance is at most ten times the median error of torch's float32; of D = 256 on some processors 10.7.
+
+    Of lse it is so of what errs most: on some processors a library's matrix products err by less than half of that.
+    """
     case = Case("normal", "normal", normal_arrays(tokens, heads=1, head_dim=head_dim), causal, head_dim**-0.5)
     problem, exact = exact_rows(case, 200)
+    lse_errors, allowed_lse = [], 0.0
     for _, out, lse in in_float32(case):
         found = checks(problem, exact, out, lse)
         assert np.median([row.allowed for row in found]) < most * np.median([row.error for row in found])
         if lse is not None:
-            assert np.median([row.allowed_lse for row in found]) < 12 * np.median([row.lse_error for row in found])
+            lse_errors.append(np.median([row.lse_error for row in found]))
+            allowed_lse = max(allowed_lse, np.median([row.allowed_lse for row in found]))
+    assert 0 < allowed_lse < 10 * max(lse_errors)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
