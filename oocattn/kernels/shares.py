@@ -40,7 +40,7 @@ def make_shares(intervals: Intervals, most_rows: int) -> list[Share]:
     return sorted(shares, key=lambda share: -share.pairs)
 
 
-def attend_shares(shares: Sequence[S], attend: Callable[[S], None], *, one_core: bool = False) -> None:
+def attend_shares(shares: Sequence[S], attend: Callable[[S], object], *, one_core: bool = False) -> None:
     """Have shares attended by as many threads as torch uses here, each on one core.
 
     A single share has all of torch's threads, unless it is for `one_core` as well.

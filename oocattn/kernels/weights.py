@@ -72,17 +72,23 @@ class WeightsKernel(Kernel):
 
         in_order = InOrder()
 
-        def attend_share(share: _Share) -> None:
-            own, sums = state.rows(share.rows.start, share.rows.stop), list[KeySums]()
+        def attend_share(share: _Share) -> list[KeySums]:
+            own = state.rows(share.rows.start, share.rows.stop)
+            with flush_denormals(), np.errstate(over="ignore", invalid="ignore"):  # weights of a wrong shift
+                return _ShareCall(operands, share, own).attend()
+
+        def attend_in_turn(share: _Share) -> None:
+            sums = list[KeySums]()
             try:
-                with flush_denormals(), np.errstate(over="ignore", invalid="ignore"):  # weights of a wrong shift
-                    sums += _ShareCall(operands, share, own).attend()
+                sums += attend_share(share)
             finally:
                 with in_order.turn(share.turn):
                     for each in sums:
                         each.finish()
 
-        attend_shares(_make_shares(operands, torch.get_num_threads()), attend_share, one_core=True)
+        sums_rows = operands.reducing is not None and bool(operands.reducing.sums)
+        shares = _make_shares(operands, torch.get_num_threads())
+        attend_shares(shares, attend_in_turn if sums_rows else attend_share, one_core=True)
 
     def scratch_bytes(self, call: CallSize) -> int:
         step = _block_rows(call.group_size)
