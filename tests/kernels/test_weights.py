@@ -13,6 +13,7 @@ from calling import MASKS, attended, triangle
 from exact import DTYPES, operands
 from random_masks import random_call, scores_of
 
+from oocattn.kernels import projected
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import Operands
 from oocattn.kernels.merging import merge
@@ -104,6 +105,26 @@ def test_under_any_mask_calls_add_up_and_so_do_states(name: str, mask: Mask) -> 
     for field in ("num", "den", "max"):
         assert torch.equal(getattr(added, field), getattr(merged, field)), "a merge is an addition"
     assert torch.equal(added.max, whole.max)
+
+
+@pytest.mark.parametrize("mask", [None, {"causal": True}, {"causal": True, "left": 700}], ids=["full", "causal", "window"])
+@pytest.mark.parametrize("with_nan", [False, True])
+def test_calls_with_more_keys_than_are_projected_together_are_whole(
+    mask: dict | None, with_nan: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projected, "MOST_TILES", 1)
+    rows, keys = range(2300), range(2300)
+    intervals = None if mask is None else make_intervals(Mask.of(2300, 2300, **mask), rows, keys)
+    query, key, value = operands(2, len(rows), len(keys), 24)
+    call, scores = exact_call(Operands(query, key, value, Scores(0.2), intervals))
+    told: list[int] = []
+    found = attend("weights", replace(call, attended=told.append))
+    check(found, call, scores)
+    assert sum(told) == (len(rows) * len(keys) if intervals is None else attended(intervals, len(keys)).sum())
+    if with_nan:
+        value[1500, 3] = math.nan
+        met = attend("weights", call).num.isnan().all(-1)
+        assert torch.equal(met, (scores[..., 1500] > -math.inf))
 
 
 @pytest.mark.parametrize("name", KERNELS)
