@@ -43,6 +43,9 @@ logger = logging.getLogger("oocattn")
 SEGMENTS = 40 << 20
 """By how much torch's allocator may take more than it was asked for while a kernel is timed."""
 
+PASS_ROWS = 4096
+"""Rows on which a kernel of second passes is timed on a CPU: it makes keys ready once for so many."""
+
 CUDA_SAMPLE = (32_768, 32_768)
 """Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
 
@@ -70,7 +73,9 @@ def describe_hardware(
     refuse_lost_threads()
     if device == "cpu":
         threads, half_rate_rows, measuring_bytes = lane_threads(cores, machine_lanes), 256, 0
-        flops = kernel_rate(name, Sample.of(problem)) / torch.get_num_threads() * min(threads, cores.machine / machine_lanes)
+        rows = PASS_ROWS if problem.second_pass else 1024
+        flops = kernel_rate(name, Sample.of(problem), rows) / torch.get_num_threads()
+        flops *= min(threads, cores.machine / machine_lanes)
     else:
         threads, half_rate_rows = max(1, torch.get_num_threads() // machine_lanes), 1024
         flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
