@@ -42,19 +42,16 @@ class Projected(NamedTuple):
         """For the values of all keys of a call."""
         count, most = ceil_div(operands.keys, TILE_KEYS), min(operands.keys, TILE_KEYS)
         if operands.projection is None:
-            return cls(own_tensor(1, 1, most).expand(count, -1, -1), [True] * count)
-        return cls(own_tensor(count, operands.projection.shape[1] + 1, most), [True] * count)
+            return cls(own_tensor(1, 1, most).fill_(1.0).expand(count, -1, -1), [True] * count)
+        tiles = own_tensor(count, operands.projection.shape[1] + 1, most)
+        tiles[:, -1] = 1.0
+        return cls(tiles, [True] * count)
 
-    def take(self, operands: Operands) -> None:
-        """Project the values."""
-        if operands.projection is None:
-            self.tiles[0] = 1.0
-            return
-        self.tiles[:, -1] = 1.0
-        turned = operands.projection.T.clone()
-        value = own_tensor(self.tiles.shape[2], operands.value.shape[1])
+    def take(self, values: torch.Tensor, projection: torch.Tensor) -> None:
+        """Project the values [keys, Dv] by [Dv, W]."""
+        turned, value = projection.T.clone(), own_tensor(self.tiles.shape[2], values.shape[1])
         for number, tile in enumerate(self.tiles):
-            part = operands.value[number * TILE_KEYS : (number + 1) * TILE_KEYS]
+            part = values[number * TILE_KEYS : (number + 1) * TILE_KEYS]
             projected = tile[:-1, : len(part)]
             torch.mm(turned, value[: len(part)].copy_(part).T, out=projected)
             self.is_finite[number] = math.isfinite(float(projected.sum()))

@@ -95,9 +95,9 @@ def _attend(operands: Operands, state: AttentionState) -> None:
     """Attend keys whose projected values are held all at a time."""
     in_order, values = InOrder(), Projected.empty(operands)
 
-    def project(into: Projected) -> None:
+    def project(projection: torch.Tensor) -> None:
         with flush_denormals():
-            into.take(operands)
+            values.take(operands.value, projection)
 
     def attend_share(share: _Share) -> list[KeySums]:
         own = state.rows(share.rows.start, share.rows.stop)
@@ -113,7 +113,8 @@ def _attend(operands: Operands, state: AttentionState) -> None:
                 for each in sums:
                     each.finish()
 
-    attend_shares([values], project, one_core=True)
+    if operands.projection is not None:
+        attend_shares([operands.projection], project, one_core=True)
     sums_rows = operands.reducing is not None and bool(operands.reducing.sums)
     shares = _make_shares(operands, torch.get_num_threads())
     attend_shares(shares, attend_in_turn if sums_rows else attend_share, one_core=True)

@@ -49,7 +49,7 @@ class LedgerChecker:
             bounds = mask.bounds(part)
             if len(bounds.start) > MOST_PIECES or mask.keys > LARGEST:
                 rows = slice(part.start - tokens.start, part.stop - tokens.start)
-                wrong = _find_in_many(keys[rows], key_sum[rows], mask, part)
+                wrong = _find_in_many(keys[rows], key_sum[rows], bounds, part)
                 if wrong is not None:
                     return rows.start + wrong
                 continue
@@ -80,14 +80,14 @@ class LedgerChecker:
         return wrong if earlier is None else earlier
 
 
-def _find_in_many(keys: Int64s, key_sum: Int64s, mask: Mask, tokens: range) -> int | None:
+def _find_in_many(keys: Int64s, key_sum: Int64s, bounds: Bounds, tokens: range) -> int | None:
     """The first row whose numbers are not those of its token, where tokens are of many documents."""
-    for part in pieces(range(len(tokens)), ROWS_OF_MANY):
-        rows = slice(part.start, part.stop)
-        expected, expected_sum = mask.bounds(tokens[rows]).ledger()
+    for part in pieces(tokens, ROWS_OF_MANY):
+        rows = slice(part.start - tokens.start, part.stop - tokens.start)
+        expected, expected_sum = bounds.part(part).ledger()
         wrong = _first_wrong((keys[rows] == expected) & (key_sum[rows] == expected_sum))
         if wrong is not None:
-            return part.start + wrong
+            return rows.start + wrong
     return None
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
 HALF_RATE_KEYS = 512  # keys of a call at which a GPU's kernel falls to half its rate, for its launch
 LAUNCH_SECONDS = 0.0002  # a call of few keys on a GPU, for the thread that launches: 0.1 to 0.3 ms
-BETWEEN_SECONDS = (
-    0.005  # for which a GPU's lane computes nothing between two subproblems: 4 to 6 ms where they take 20 to 90
-)
+BETWEEN_SECONDS = 0.005  # in which a GPU computes nothing between two subproblems: 4 to 6 ms, of 20 to 90 each
 
 # What Python takes for small work on a CPU, of one core's time (Zen 4; a kernel call on 31 rows and 341 keys).
 CALL_SECONDS = 0.00055  # a library call within the kernel: 0.5 to 0.7 ms
