@@ -134,9 +134,6 @@ class Kernel(ABC):
     max_keys = MAX_KEYS
     """The most keys to give to one call; `attend` is right beyond it too."""
 
-    max_masked_keys = MAX_KEYS
-    """The same where rows attend few of them, as under a window, or few rows attend them, as in a decode step."""
-
     plans_shapes = False
     """True if the first call of each shape takes far longer than the next."""
 

@@ -29,7 +29,7 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Progressed, Saved, Staged, Stalled, TaskEvent
-from oocattn.planning.cost import MOST_UNFINISHED, PIECE, WINDOW
+from oocattn.planning.options import MOST_UNFINISHED, PIECE, WINDOW
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.remote.limits import current_limit
 from oocattn.units import format_seconds

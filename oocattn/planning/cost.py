@@ -6,8 +6,8 @@ Seconds of a run. Links that work at the same time do not add up, the longest co
               and scheduling take of the cores, and partials that its thread writes
     copy      between host and device
     disk      partials and write share it with read, unless that is from the page cache or a network, and add up
-    files     written one after another: each is waited for until it is on disk, while the disk has room for others' bytes
-    tasks     one scheduler serves all lanes; on a CPU, with what Python takes within them
+    files     a writer waits for one after another until it is on disk, which has room for others' bytes meanwhile
+    tasks     one scheduler serves all lanes; on a CPU, with what Python takes within them; on GPUs lanes share Python's lock
 
 and then what nothing overlaps with: the first staging before, and after it the last writing, its files, and the commit's.
 """
@@ -33,8 +33,6 @@ from oocattn.planning.measured import (
     CORE_WRITE_RATE,
     HALF_RATE_KEYS,
     LAUNCH_SECONDS,
-    PARTIAL_FILE_SECONDS,
-    PARTIAL_SECONDS,
     PIN_RATE,
     READ_SECONDS,
     REREAD_FILE_SECONDS,
@@ -42,8 +40,10 @@ from oocattn.planning.measured import (
     RUN_SECONDS,
     TASK_SHARE,
 )
-from oocattn.planning.memory import Tiles, partial_file_bytes, sums_bytes
+from oocattn.planning.memory import WRITERS, Tiles, partial_file_bytes, sums_bytes
+from oocattn.planning.options import MOST_UNFINISHED, PIECE
 from oocattn.planning.plan import Link, Plan
+from oocattn.planning.python_lock import on_cpus, on_gpus
 from oocattn.planning.waiting import asking, reading, sending
 from oocattn.planning.work import Work, calls_apart, edge_calls, work_of
 from oocattn.problem.arrays import DTYPES
@@ -51,9 +51,6 @@ from oocattn.problem.problem import Problem
 from oocattn.units import ceil_div
 
 LAST_TASKS = 4  # tasks one after another: the first stage and attend, the last merge and write
-PIECE = 16  # subproblems of a lane, with a chunk each, whose tasks are submitted to the scheduler together
-WINDOW = 32  # subproblems of a lane that wait at the scheduler, to hide a round trip: fewer, and more are submitted
-MOST_UNFINISHED = 4 * WINDOW  # tasks of a lane, of any layer, that may wait there before no more are submitted
 
 
 def cost(
@@ -113,8 +110,8 @@ class _Run:
     @cached_property
     def links(self) -> tuple[Link, ...]:
         """All links, in the order in which a plan prints them."""
-        copy = [self._copy()] if self.hardware.device == "cuda" else []
-        return (self._read(), *copy, self._compute(), self._partials(), self._write(), self._files(), self._tasks())
+        copy, python = ([self._copy()], [self._python()]) if self.hardware.device == "cuda" else ([], [])
+        return (self._read(), *copy, self._compute(), self._partials(), self._write(), self._files(), *python, self._tasks())
 
     @property
     def seconds(self) -> float:
@@ -132,7 +129,8 @@ class _Run:
             compute += self._total(lambda work: work.subproblems) * BETWEEN_SECONDS * self._balance
         last_files = (self._last_share * self._chunk_files + RUN_FILES) * self.hardware.file_seconds
         files = seconds["write"] + seconds["files"] - last_files  # that are written while others compute
-        longest = max(compute, disk, seconds["read"], seconds.get("copy", 0.0), seconds["tasks"], files)
+        locked = seconds.get("python", 0.0) + seconds["tasks"]
+        longest = max(compute, disk, files, seconds["read"], seconds.get("copy", 0.0), locked)
         apart = self._fill() + asking(self.inputs, to_store=self.to_store) + self._last_share * seconds["write"] + last_files
         return RUN_SECONDS + longest + apart + LAST_TASKS * self.hardware.task_seconds
 
@@ -172,8 +170,7 @@ class _Run:
         if self.hardware.device == "cuda":
             return 0.0
         reads = self._group_heads * self._handed_back + 2 * self._total(lambda work: work.key_chunks) + self._gap_reads
-        in_file = PARTIAL_FILE_SECONDS if self.candidate.partials == "disk" else 0.0
-        return reads * READ_SECONDS + self._handed_back * (PARTIAL_SECONDS + in_file)
+        return on_cpus(reads, self._handed_back, on_disk=self.candidate.partials == "disk")
 
     @property
     def _byte_seconds(self) -> float:
@@ -232,11 +229,14 @@ class _Run:
         most = np.sum([np.roll(of_lanes, group) for group in range(rest)], axis=0).max()  # the next one's begin one lane on
         return (rounds + float(most / max(1.0, pairs.sum()))) / problem.head_groups
 
-    def _read(self) -> Link:
-        problem = self.problem
+    @cached_property
+    def _staged(self) -> tuple[float, float]:
+        """Bytes of queries that are staged, and of keys."""
         queries = self._handed_back * self.layout.chunk_rows * self._query_bytes
-        keys = self._total(lambda work: work.keys) * problem.kv_row_bytes
-        amount = queries + keys
+        return queries, self._total(lambda work: work.keys) * self.problem.kv_row_bytes
+
+    def _read(self) -> Link:
+        problem, queries, amount = self.problem, self._staged[0], sum(self._staged)
         once = min(amount, problem.input_bytes)
         factor, hardware = self.holding.factor, self.hardware
         seconds = once * factor / hardware.read_rate + (amount - once) / hardware.reread_rate
@@ -257,8 +257,7 @@ class _Run:
         problem, tiles = self.problem, self.layout.tiles
         rows = min(tiles.query, self.layout.chunk_rows)
         keys = self._total(lambda work: self._keys_copied(work, rows)) * problem.kv_row_bytes
-        queries = self._handed_back * self.layout.chunk_rows * self._query_bytes
-        amount = keys + queries + 2 * self._handed_back * problem.state_bytes(self.layout.chunk_rows)
+        amount = keys + self._staged[0] + 2 * self._handed_back * problem.state_bytes(self.layout.chunk_rows)
         return Link("copy", amount, amount * self._balance / self.hardware.copy_rate)
 
     def _keys_copied(self, work: Work, rows: int) -> int:
@@ -308,7 +307,8 @@ class _Run:
         """Durable files: partials or checkpoints, `out` and `lse`, and journal entries."""
         reread = self._handed_back if self.candidate.partials == "disk" else 0
         files = RUN_FILES + self._chunk_files + self._saves * self._held + reread
-        return Link("files", files, files * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
+        waits = files - self._chunk_files + self._chunk_files / WRITERS[self.hardware.device]
+        return Link("files", files, waits * self.hardware.file_seconds + reread * REREAD_FILE_SECONDS)
 
     @property
     def _chunk_files(self) -> int:
@@ -316,6 +316,13 @@ class _Run:
         problem, layout = self.problem, self.layout
         chunks = problem.head_groups * ceil_div(problem.out_rows, layout.chunk_rows)
         return chunks + 2 * problem.batch * problem.out_heads * ceil_div(problem.out_rows, layout.out_chunk_rows)
+
+    def _python(self) -> Link:
+        """Calls of the kernel, reads and partials of the lanes of one machine."""
+        layout, share = self.layout, self.hardware.sharing_lanes / self.hardware.lanes
+        rows = min(layout.tiles.query, layout.chunk_rows)
+        calls = share * self._total(lambda work: self._keys_copied(work, rows)) / layout.tiles.key
+        return Link("python", *on_gpus(calls, share * sum(self._staged), share * self._handed_back))
 
     def _tasks(self) -> Link:
         return Link("tasks", self._task_count, self._scheduling_seconds + self._python_seconds)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Sample(NamedTuple):
     alibi: bool = False
     biased: bool = False
     second_pass: SecondPass | None = None
+    row_calls: int = 0  # after which rows are new again, which costs a survey more; 0: never
 
     @classmethod
     def of(cls, problem: Problem) -> Sample:
@@ -58,6 +60,12 @@ class Sample(NamedTuple):
         alibi, biased = problem.given.alibi_slopes is not None, bool(problem.bias_heads)
         terms = problem.softcap, alibi, biased
         return cls(problem.head_dim, problem.value_dim, problem.dtype, *terms, problem.second_pass)
+
+    def beginning(self, problem: Problem, keys: int) -> Sample:
+        """With rows that attend as many calls of so many keys as a problem's do, in the mean."""
+        calls = round(problem.pairs / max(1, problem.rows * keys))
+        is_survey = self.second_pass is not None and self.second_pass.reduced is not None
+        return self._replace(row_calls=max(1, calls) if is_survey and calls < LAST_CALLS else 0)
 
     @property
     def columns(self) -> int:
@@ -87,7 +95,8 @@ def kernel_rate(
     """Floating-point operations per second of a kernel on random data, over the short calls of a moment.
 
     On a CPU each of torch's threads makes calls of its own, and the best of each counts, in time on its core: what else the
-    machine does hardly changes that. On a GPU the median call counts, timed there, if `settled` when its clock has.
+    machine does hardly changes that. On a GPU the median call counts, timed there, if `settled` when its clock has; the mean
+    where rows begin again.
     `device` defaults to the type that the kernel is for.
     """
     where = torch.device(device or device_type(name))
@@ -101,7 +110,9 @@ def kernel_rate(
     where = torch.device("cuda", where.index or 0)
     moment = MOMENT["cuda"] + (SETTLING_SECONDS if settled else 0.0)
     seconds = launcher(where).submit(_time_launches, *call, where, moment).result()
-    return flops / max(median(seconds), 1e-9)
+    rounds = sample.row_calls and len(seconds) // sample.row_calls * sample.row_calls
+    usual = fmean(seconds[-rounds:]) if rounds else median(seconds)
+    return flops / max(usual, 1e-9)
 
 
 def _time_calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> list[float]:
@@ -139,9 +150,11 @@ def _time_launches(name: str, sample: Sample, rows: int, keys: int, where: torch
 def _calls(name: str, sample: Sample, rows: int, keys: int, where: torch.device) -> Callable[[], None]:
     """What calls the kernel on a sample, and has done so once: the first call is never the usual one."""
     kernel, operands = get_kernel(name), sample.operands(rows, keys, where)
-    state = AttentionState.empty(1, rows, sample.columns, where)
+    state, calls = AttentionState.empty(1, rows, sample.columns, where), itertools.count(1)
 
     def attend() -> None:
+        if sample.row_calls and next(calls) % sample.row_calls == 0:
+            state.reset()
         kernel.attend(operands, state)
 
     attend()

@@ -46,8 +46,8 @@ SEGMENTS = 40 << 20
 PASS_ROWS = 4096
 """Rows on which a kernel of second passes is timed on a CPU: it makes keys ready once for so many."""
 
-CUDA_SAMPLE = (32_768, 32_768)
-"""Rows and keys on which a kernel is timed on a GPU: enough to fill it, in little memory."""
+CUDA_SAMPLE = (65_536, 65_536)
+"""Rows and keys on which a kernel is timed on a GPU: in little memory, but for long enough to launch calls ahead of it."""
 
 
 def describe_hardware(
@@ -79,14 +79,14 @@ def describe_hardware(
     else:
         threads, half_rate_rows = max(1, torch.get_num_threads() // machine_lanes), 1024
         flops, measuring_bytes = _gpu_rate(name, problem, half_rate_rows, threads)
-    found = sample_rate(dataset)
+    found = sample_rate(dataset, device)
     return Hardware(
         kernel=name,
         kernel_flops=flops,
         scratch_bytes=get_kernel(name).scratch_bytes,
         device=device,
         half_rate_rows=half_rate_rows,
-        max_keys=_max_keys(name, problem),
+        max_keys=get_kernel(name).max_keys,
         rounds_weights=rounds_weights(name),
         lanes=lanes,
         machine_lanes=machine_lanes if machine_lanes < lanes else 0,
@@ -102,18 +102,13 @@ def describe_hardware(
     )
 
 
-def _max_keys(name: str, problem: Problem) -> int:
-    """The most keys of a call of a kernel."""
-    square = problem.out_rows == problem.keys and all(mask.is_simple for mask in problem.masks)
-    return get_kernel(name).max_keys if square else get_kernel(name).max_masked_keys
-
-
 def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) -> tuple[float, int]:
     """Floating-point operations per second of a kernel in calls of any length, and the bytes that measuring it takes."""
     rows, keys = CUDA_SAMPLE
-    measured = kernel_rate(name, Sample.of(problem), rows, keys, "cuda")
+    sample = Sample.of(problem).beginning(problem, keys)
+    measured = kernel_rate(name, sample, rows, keys, "cuda")
     if problem.flops / measured > 2 * SETTLING_SECONDS:
-        measured = kernel_rate(name, Sample.of(problem), rows, keys, "cuda", settled=True)
+        measured = kernel_rate(name, sample, rows, keys, "cuda", settled=True)
     release_cached_memory(torch.device("cuda"))
     inputs = (rows + keys) * problem.head_dim + keys * problem.value_dim
     operands = AttentionState.nbytes_for(1, rows, problem.columns) + inputs * problem.itemsize + 4 * keys

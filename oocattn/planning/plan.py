@@ -216,7 +216,7 @@ class Plan(Shown):
     @property
     def binds(self) -> str:
         """The link that takes longest; links that share the disk count together."""
-        alone = [link for link in self.links if link.name in ("compute", "copy", "tasks", "files")]
+        alone = [link for link in self.links if link.name in ("compute", "copy", "files", "python", "tasks")]
         disk = [link for link in self.links if link not in alone]
         longest = max(alone, key=lambda link: link.seconds)
         if sum(link.seconds for link in disk) > longest.seconds:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100  # characters of a printed line, of which only a note may have more
 
-COUNTED_LINKS = ("files", "tasks")  # links whose amount is a number; of `compute` it is FLOP, of others bytes
+COUNTED_LINKS = ("files", "python", "tasks")  # links whose amount is a number; of `compute` it is FLOP, of others bytes
 
 
 def plan_line(plan: Plan) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from oocattn.planning.machine import InputCost
+from oocattn.planning.machine import Device, InputCost
+from oocattn.planning.memory import READ_BYTES, READERS
 from oocattn.planning.timing import undisturbed_seconds
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.ahead import MOST_READS, Window, cut_at_multiples
@@ -26,9 +27,12 @@ from oocattn.units import format_bytes
 
 SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast that is
 
-SAMPLES, PIECE_BYTES, SAMPLE_THREADS = 4, 2 << 20, 4
-"""Places of an array that are read as a sample, how much there, and threads that do. Of smaller pieces from the page
-cache, the threads' turns at Python take longer than the reading."""
+SAMPLE_THREADS: dict[Device, int] = {"cpu": 4, "cuda": READERS["cuda"]}
+"""Threads that read a sample, which is of as many places of an array."""
+
+PIECE_BYTES: dict[Device, int] = {"cpu": 2 << 20, "cuda": READ_BYTES}
+"""How much is read at each. Of smaller pieces from the page cache, the threads' turns at Python take longer than the
+reading: with four of them and 2 MiB, 4.4 GB/s were found where a run's bytes came in at 8.5 (H200 host)."""
 
 ROUNDS, ROUND_SECONDS = 3, 0.3
 """The most samples of which the fastest counts, each of other places, and seconds after which no more are taken."""
@@ -67,23 +71,24 @@ class Rate(NamedTuple):
     from_disk: bool
 
 
-def sample_rate(dataset: Dataset) -> Rate:
-    """How fast directly read arrays come in, by several threads, sampled all over."""
+def sample_rate(dataset: Dataset, device: Device = "cpu") -> Rate:
+    """How fast directly read arrays come in for a lane on such a device, by several threads, sampled all over."""
+    threads, piece = SAMPLE_THREADS[device], PIECE_BYTES[device]
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
     if not arrays:
         return Rate(ASSUMED_RATE, from_disk=False)
-    parts = SAMPLES * ROUNDS * FEW * (len(arrays) if lie_together(dataset.arrays) else 1)
+    parts = threads * ROUNDS * FEW * (len(arrays) if lie_together(dataset.arrays) else 1)
     buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-    for _ in range(SAMPLE_THREADS):
-        buffers.put(np.ones(PIECE_BYTES, np.uint8))  # touched
+    for _ in range(threads):
+        buffers.put(np.ones(piece, np.uint8))  # touched
 
     def read(sample: tuple[TensorSource, float]) -> int:
         array, share = sample
         batches, heads, tokens, head_dim = array.spec.four_dimensional
         row_bytes = head_dim * array.dtype.itemsize
-        together = max(1, min(heads, array.shared_heads, PIECE_BYTES // row_bytes))  # heads, as a run reads them
+        together = max(1, min(heads, array.shared_heads, piece // row_bytes))  # heads, as a run reads them
         few = tokens if together == 1 else max(1, tokens // parts)
-        rows = min(few, max(1, PIECE_BYTES // (row_bytes * together)))
+        rows = min(few, max(1, piece // (row_bytes * together)))
         start, first = int(share * (tokens - rows)), int(share * (heads - together + 1))
         buffer = buffers.get()
         out = buffer[: together * rows * row_bytes].view(array.dtype).reshape(together, rows, head_dim)
@@ -93,13 +98,13 @@ def sample_rate(dataset: Dataset) -> Rate:
             buffers.put(buffer)
         return out.nbytes
 
-    with ThreadPool(SAMPLE_THREADS, "oocattn-sample") as pool:
+    with ThreadPool(threads, "oocattn-sample") as pool:
 
         def read_all(part: int) -> int:
-            places = ((number + (part + 0.5) / ROUNDS) / SAMPLES for number in range(SAMPLES))
+            places = ((number + (part + 0.5) / ROUNDS) / threads for number in range(threads))
             return sum(pool.map(read, [(array, share) for share in places for array in arrays]))
 
-        return _best_rate(read_all, SAMPLE_THREADS)
+        return _best_rate(read_all, threads)
 
 
 def _best_rate(read: Callable[[int], int], threads: int = 1) -> Rate:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import normal_arrays, write_dataset
+from support import a_problem, normal_arrays, write_dataset
 
 import oocattn
 from oocattn.pipelines.watch import report as report_module
 from oocattn.planning import kernel_rates, measure, timing
 from oocattn.planning.kernel_rates import MOMENT, Sample, kernel_rate
 from oocattn.planning.reading import Rate
+from oocattn.problem.second_pass import Reduced, SecondPass
 
 
 def test_waiting_for_a_core_does_not_count_and_other_waiting_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,17 +117,22 @@ def test_a_kernel_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
 class PretendedGpu:
     """A GPU that does what was launched in order, while others are: a launch takes `launch` seconds.
 
-    A call takes `first` seconds, and `settled` from the third of a second on.
+    A call takes `first` seconds, and `settled` from the third of a second on; `more` where its rows are new.
     """
 
-    def __init__(self, launch: float, first: float, settled: float) -> None:
-        self.launch, self.first, self.settled = launch, first, settled
+    def __init__(self, launch: float, first: float, settled: float, more: float = 0.0) -> None:
+        self.launch, self.first, self.settled, self.more = launch, first, settled, more
         self.now = self.done = 0.0
+        self.new = True
+
+    def reset(self) -> None:
+        self.new = True
 
     def attend(self, *_: object) -> None:
         self.now += self.launch
         begins = max(self.now, self.done)
-        self.done = begins + (self.first if begins < 1 / 3 else self.settled)
+        self.done = begins + (self.first if begins < 1 / 3 else self.settled) + self.new * self.more
+        self.new = False
 
     def event(self, enable_timing: bool) -> PretendedEvent:
         return PretendedEvent(self)
@@ -148,6 +154,20 @@ class PretendedEvent:
         return (later.seconds - self.seconds) * 1e3
 
 
+def seconds_found(monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu, settled: bool, row_calls: int = 0) -> float:
+    """How long a call takes on a GPU, as it is timed."""
+    at_once = SimpleNamespace(submit=lambda work, *given: SimpleNamespace(result=lambda: work(*given)))
+    monkeypatch.setattr(kernel_rates, "launcher", lambda _: at_once)
+    monkeypatch.setattr(kernel_rates, "time", SimpleNamespace(perf_counter=lambda: gpu.now))
+    monkeypatch.setattr(kernel_rates, "get_kernel", lambda _: gpu)
+    monkeypatch.setattr(kernel_rates.torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(kernel_rates.torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(Sample, "operands", lambda *_: None)
+    monkeypatch.setattr(kernel_rates.AttentionState, "empty", lambda *_: gpu)
+    sample = Sample(8, 8, "float32", row_calls=row_calls)
+    return 2 * 16 * 16 * 16 / kernel_rate.__wrapped__("any", sample, 16, 16, "cuda", settled=settled)
+
+
 @pytest.mark.parametrize(
     ("launch", "first", "settled", "found", "settled_found"),
     [(0.002, 0.005, 0.005, 0.005, 0.005), (0.0001, 0.001, 0.0012, 0.001, 0.0012), (0.01, 0.3, 0.3, 0.3, 0.3)],
@@ -156,19 +176,28 @@ class PretendedEvent:
 def test_a_kernel_is_timed_on_a_gpu_that_never_waits(
     monkeypatch: pytest.MonkeyPatch, launch: float, first: float, settled: float, found: float, settled_found: float
 ) -> None:
-    gpu = PretendedGpu(launch, first, settled)
-    at_once = SimpleNamespace(submit=lambda work, *given: SimpleNamespace(result=lambda: work(*given)))
-    monkeypatch.setattr(kernel_rates, "launcher", lambda _: at_once)
-    monkeypatch.setattr(kernel_rates, "time", SimpleNamespace(perf_counter=lambda: gpu.now))
-    monkeypatch.setattr(kernel_rates, "get_kernel", lambda _: gpu)
-    monkeypatch.setattr(kernel_rates.torch.cuda, "Event", gpu.event)
-    monkeypatch.setattr(kernel_rates.torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(Sample, "operands", lambda *_: None)
-    monkeypatch.setattr(kernel_rates.AttentionState, "empty", lambda *_: None)
     for clock, expected in ((False, found), (True, settled_found)):
-        gpu.now = gpu.done = 0.0
-        rate = kernel_rate.__wrapped__("any", Sample(8, 8, "float32"), 16, 16, "cuda", settled=clock)
-        assert 2 * 16 * 16 * 16 / rate == pytest.approx(expected)
+        gpu = PretendedGpu(launch, first, settled)
+        assert seconds_found(monkeypatch, gpu, clock) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize(("row_calls", "found"), [(0, 0.002), (1, 0.005), (4, 0.00275), (1000, 0.002)])
+def test_first_keys_of_rows_that_take_longer_count_as_often_as_in_a_run(
+    monkeypatch: pytest.MonkeyPatch, settled: bool, row_calls: int, found: float
+) -> None:
+    gpu = PretendedGpu(0.0001, 0.002, 0.002, more=0.003)
+    assert seconds_found(monkeypatch, gpu, settled, row_calls) == pytest.approx(found)
+
+
+def test_rows_of_a_survey_begin_as_often_as_a_problem_says() -> None:
+    survey = SecondPass(reduced=(Reduced("top_keys", (8,), 16),))
+    for keys, causal, calls in ((1 << 20, True, 8), (1 << 20, False, 16), (1 << 10, False, 1), (1 << 30, True, 0)):
+        problem = replace(a_problem(keys, causal=causal), second_pass=survey)
+        assert Sample.of(problem).beginning(problem, 1 << 16).row_calls == calls
+    proof = replace(a_problem(1 << 20), second_pass=SecondPass(seed=0))
+    for problem in (a_problem(1 << 20), proof):
+        assert Sample.of(problem).beginning(problem, 1 << 16).row_calls == 0
 
 
 def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +205,7 @@ def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, 
     plans = []
     for share in (0.8, 1.2):
         monkeypatch.setattr(measure, "kernel_rate", lambda *_, share=share, **__: share * 2.0**37)
-        monkeypatch.setattr(measure, "sample_rate", lambda _, share=share: Rate(share * 2.0**30, from_disk=True))
+        monkeypatch.setattr(measure, "sample_rate", lambda *_, share=share: Rate(share * 2.0**30, from_disk=True))
         plans.append(oocattn.plan(dataset))
     assert plans[0].digest == plans[1].digest
     assert [plan.machine.read_rate for plan in plans] == [0.8 * 2.0**30, 1.2 * 2.0**30]
@@ -184,15 +213,16 @@ def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("asked", "more"),
-    [({}, False), ({"causal": True}, False), ({"queries": slice(1 << 19, (1 << 19) + 1024)}, True)],
+    "asked",
+    [{}, {"causal": True}, {"causal": True, "window_size": (4095, 0)}, {"queries": slice(1 << 19, (1 << 19) + 1024)}],
 )
-def test_a_gpu_is_given_more_keys_a_call_where_few_rows_attend_them(
-    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], more: bool
+@pytest.mark.parametrize(("kernel", "most"), [("hopper", 1 << 18), ("cudnn", 1 << 16)])
+def test_a_gpu_is_given_as_many_keys_a_call_as_its_kernel_chains(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], kernel: str, most: int
 ) -> None:
-    monkeypatch.setattr(measure, "_choose_kernel", lambda *_: ("cuda", "hopper"))
+    monkeypatch.setattr(measure, "_choose_kernel", lambda *_: ("cuda", kernel))
     monkeypatch.setattr(measure, "_gpu_rate", lambda *_: (1e14, 0))
     monkeypatch.setattr(measure, "count_lanes", lambda _: 1)
     tensors = {name: np.zeros((1, 1, 1 << 20, 8), np.float16) for name in "qkv"}
     plan = oocattn.plan(tensors, device_memory="4GiB", **asked)
-    assert (plan.tiles.key > 1 << 16) == more
+    assert most / 2 < plan.tiles.key <= most

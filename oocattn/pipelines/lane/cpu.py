@@ -16,6 +16,7 @@ from oocattn.pipelines.lane.partials.store import PartialStore, Sums
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.watch.events import Attended, Span
 from oocattn.plain_threads import plain_threads
+from oocattn.planning.memory import READERS
 from oocattn.planning.plan import Plan
 from oocattn.threads import ThreadPool
 
@@ -23,7 +24,7 @@ from oocattn.threads import ThreadPool
 class CpuDevice:
     """One worker's share of the processor's cores. Implements Device; a launched subproblem is done."""
 
-    readers = 1
+    readers = READERS["cpu"]
 
     def __init__(self, _name: str, plan: Plan, operation: Operation, health: Health) -> None:
         problem = plan.problem

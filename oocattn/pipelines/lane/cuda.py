@@ -30,7 +30,15 @@ from oocattn.operations import Operation
 from oocattn.operations.base import SummedBlock
 from oocattn.operations.tiles import Tile, pieces
 from oocattn.pipelines.failing import naming_subproblem
-from oocattn.pipelines.lane.cuda_memory import PinnedMemory, TileRows, close_all, copy_state, pinning, take_device_memory
+from oocattn.pipelines.lane.cuda_memory import (
+    PinnedMemory,
+    TileRows,
+    close_all,
+    copy_heads,
+    copy_state,
+    pinning,
+    take_device_memory,
+)
 from oocattn.pipelines.lane.device import Health
 from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_event
 from oocattn.pipelines.lane.finisher import Finisher
@@ -39,7 +47,7 @@ from oocattn.pipelines.lane.partials.store import Destination, PartialStore
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.watch.events import Attended, Resource
-from oocattn.planning.memory import PARTIAL_BUFFERS
+from oocattn.planning.memory import PARTIAL_BUFFERS, READERS
 from oocattn.planning.plan import Plan
 
 AHEAD = 32  # key tiles enqueued ahead: where CUDA's queue is full, the driver blocks all
@@ -66,7 +74,7 @@ _ReturnedTile = tuple[int, torch.cuda.Event]
 class CudaDevice:
     """One GPU. Implements Device. Raises BudgetError where it has no room even for the smallest tiles."""
 
-    readers = 8  # 28 GB/s from the page cache with 8, 6 with one (16 cores)
+    readers = READERS["cuda"]
     cores = 1  # of all GPUs together there are dozens of threads that finish chunks, on the cores that launch
 
     def __init__(self, name: str, plan: Plan, operation: Operation, health: Health) -> None:
@@ -240,7 +248,7 @@ class CudaDevice:
         given = [tensor[:, tile.start : tile.stop] for tensor in launch.staged.queries[block.query_chunk]]
         query = [buffer[: tensor.numel()].view(tensor.shape) for buffer, tensor in zip(slot.buffer, given, strict=True)]
         group_size = len(given[0])
-        loaded = self._load(launch, _by_head(query, given))
+        loaded = self._load(launch, query, given)
         pairs = 0
         try:
             with torch.cuda.stream(self._compute):
@@ -261,12 +269,12 @@ class CudaDevice:
         state_slot.freed = returned
         return returned
 
-    def _load(self, launch: _Launch, copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.cuda.Event:
-        """Enqueue copies (to the device, from the host); return the event after them."""
+    def _load(self, launch: _Launch, on_device: Iterable[torch.Tensor], staged: Iterable[torch.Tensor]) -> torch.cuda.Event:
+        """Enqueue copies of tensors [heads, ...] to the device; return the event after them."""
         with torch.cuda.stream(self._copy), self._timed(launch, "copy in", self._copy):
-            for on_device, staged in copies:
-                on_device.copy_(staged, non_blocking=True)
-                self._health.copied(to_device=staged.nbytes)
+            for into, source in zip(on_device, staged, strict=True):
+                copy_heads(into, source)
+                self._health.copied(to_device=source.nbytes)
         return launch.stretches[-1].stop
 
     def _attend_keys(
@@ -280,13 +288,13 @@ class CudaDevice:
         slot = self._buffers.keys.acquire(self._copy)
         staged = [tensor[:, tile.keys.start : tile.keys.stop] for tensor in launch.staged.keys]
         keys = [buffer[: tensor.numel()].view(tensor.shape) for buffer, tensor in zip(slot.buffer, staged, strict=True)]
-        copied = self._load(launch, _by_head(keys, staged))
+        copied = self._load(launch, keys, staged)
         self._compute.wait_event(copied)
         try:
             with torch.cuda.stream(self._compute), self._timed(launch, "compute", self._compute):
                 self._operation.compute(launch.staged.head_group, tile, query, keys, state, None, sums)
         finally:
-            slot.freed = done = record_event(self._compute)
+            slot.freed = done = launch.stretches[-1].stop
             self._ahead.append((done, tile.pairs * len(query[0])))
 
     def _bring_back(
@@ -313,15 +321,10 @@ class CudaDevice:
     def _timed(self, launch: _Launch, resource: Resource, stream: torch.cuda.Stream) -> Iterator[None]:
         """Time what is enqueued inside: afterwards it is the last stretch of the launch."""
         start = record_event(stream)
-        yield
-        launch.stretches.append(Stretch(resource, start, record_event(stream)))
-
-
-def _by_head(
-    on_device: Iterable[torch.Tensor], staged: Iterable[torch.Tensor]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The copies of tensors [heads, ...] one head after another: strided copies block."""
-    return (heads for each in zip(on_device, staged, strict=True) for heads in zip(*each, strict=True))
+        try:
+            yield
+        finally:  # also what was launched before an error uses its slots
+            launch.stretches.append(Stretch(resource, start, record_event(stream)))
 
 
 def _rows_returned(tiles: Iterable[_ReturnedTile]) -> Iterator[int]:

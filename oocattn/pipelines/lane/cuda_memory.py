@@ -120,11 +120,17 @@ def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: P
             rows.halve(error)
 
 
+def copy_heads(into: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy [heads, ...] between host and device in few pieces, for Python's lock, and contiguous ones: others block."""
+    whole = into.is_contiguous() and source.is_contiguous()
+    for target, each in [(into, source)] if whole else zip(into, source, strict=True):
+        target.copy_(each, non_blocking=True)
+
+
 def copy_state(into: AttentionState, state: AttentionState) -> None:
-    """Copy a state between host and device in contiguous pieces: strided ones block."""
+    """Copy a state between host and device, as `copy_heads`."""
     for target, source in ((into.num, state.num), (into.den, state.den), (into.max, state.max)):
-        for target_head, source_head in zip(target, source, strict=True):
-            target_head.copy_(source_head, non_blocking=True)
+        copy_heads(target, source)
     into.keys.copy_(state.keys, non_blocking=True)
     into.key_sum.copy_(state.key_sum, non_blocking=True)
 

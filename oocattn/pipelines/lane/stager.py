@@ -20,6 +20,7 @@ from oocattn.pipelines.lane.memory import as_numpy
 from oocattn.pipelines.lane.readers import Read, Readers
 from oocattn.pipelines.watch.events import Span, Staged
 from oocattn.planning.interleaving import held_heads, held_tokens
+from oocattn.planning.memory import READ_BYTES
 from oocattn.planning.plan import Plan
 from oocattn.problem.mask import Mask
 from oocattn.storage.inputs.ahead import cut_at_multiples
@@ -28,9 +29,6 @@ from oocattn.storage.inputs.held import Rows, hold
 from oocattn.units import round_up
 
 KEPT_SUBPROBLEMS = 256  # whose rows are kept for the next head group
-
-READ_BYTES = 8 << 20
-"""Bytes that one thread reads at a time where several read."""
 
 
 @dataclass(frozen=True)

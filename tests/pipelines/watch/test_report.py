@@ -16,7 +16,9 @@ from oocattn.planning.candidates import make_plan
 from oocattn.storage.journal.journal import ChunkId
 
 PROBLEM = a_problem(1000)
-PLAN = replace(make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7), seconds=1.0)
+PLAN = replace(
+    make_plan(PROBLEM, GPU, device_memory=GENEROUS, host_memory=GENEROUS, chunks=7, decomposition="cqs"), seconds=1.0
+)
 
 ADDED = ("rows_without_keys", "out_overflowed", "out_underflowed", "out_elements", "not_finite_in")
 """Fields that older versions do not write."""
