@@ -14,7 +14,6 @@ from oocattn.kernels.state import AttentionState
 from oocattn.problem.calls import CallSize
 from oocattn.problem.scores import Scores
 
-MAX_KEYS = 65_536  # the most keys to chain: beyond, the error of 16-bit matrix units grows
 SMALL_SEGMENT, LEAST_ALONE = 2 << 20, 10 << 20
 """Bytes that torch's allocator takes on a GPU for tensors of up to 1 MiB, and from which on one has a segment of its own."""
 
@@ -130,9 +129,6 @@ class Kernel(ABC):
 
     name: str
     """The name that it is registered under."""
-
-    max_keys = MAX_KEYS
-    """The most keys to give to one call; `attend` is right beyond it too."""
 
     plans_shapes = False
     """True if the first call of each shape takes far longer than the next."""

@@ -17,12 +17,16 @@ if TYPE_CHECKING:  # PyTorch takes seconds, and the names of kernels are known w
 DeviceType = Literal["cpu", "cuda"]
 SecondPasses = Literal["proofs", "surveys"]
 
+MAX_KEYS = 1 << 16  # the most keys to chain: beyond, the error of 16-bit matrix units grows
+_HOPPER_KEYS = 1 << 18  # whose sums fold every 16K. Of 64K, calls were launched late; documents at D = 64 took 1.1 as long
+
 
 class _Registration(NamedTuple):
     """A kernel's code, its type of device, and what it is.
 
     `default` says when it may be the default of its device, "precise": of precise runs alone. `second_passes` are those
-    that it is for; `rounds_weights` is that of its class, which is not imported for it.
+    that it is for; `rounds_weights` is that of its class, which is not imported for it. `max_keys` are the most keys to give
+    to one call, which is right beyond them, too.
     """
 
     module: str
@@ -31,19 +35,24 @@ class _Registration(NamedTuple):
     default: Literal["always", "precise", "never"] = "always"
     second_passes: tuple[SecondPasses, ...] = ()
     rounds_weights: bool = False
+    max_keys: int = MAX_KEYS
 
 
 _KERNELS = {  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     "cpu": _Registration("oocattn.kernels.cpu", "CpuKernel", "cpu"),
     "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default="never"),
     "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", "never", ("proofs", "surveys")),
-    "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True),
-    "hopper-precise": _Registration("oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise"),
+    "hopper": _Registration(
+        "oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True, max_keys=_HOPPER_KEYS
+    ),
+    "hopper-precise": _Registration(
+        "oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise", max_keys=_HOPPER_KEYS
+    ),
     "hopper-weights": _Registration(
-        "oocattn.kernels.cuda.hopper", "HopperWeightsKernel", "cuda", "never", ("proofs",), rounds_weights=True
+        "oocattn.kernels.cuda.hopper", "HopperWeightsKernel", "cuda", "never", ("proofs",), True, _HOPPER_KEYS
     ),
     "hopper-survey": _Registration(
-        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",)
+        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",), False, _HOPPER_KEYS
     ),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda", rounds_weights=True),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda", rounds_weights=True),
@@ -69,6 +78,11 @@ def get_kernel(name: str) -> Kernel:
 def device_type(name: str) -> DeviceType:
     """The device of a kernel's runs: "cpu" or "cuda"; ProblemError for unknown names."""
     return _registration(name).device_type
+
+
+def max_keys(name: str) -> int:
+    """The most keys to give to one call of a kernel; ProblemError as above."""
+    return _registration(name).max_keys
 
 
 def rounds_weights(name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, cast
 from oocattn import arguments
 from oocattn.arguments import Dtype, Duration, Size, checked
 from oocattn.errors import ProblemError
-from oocattn.kernels.registry import device_type, rounds_weights
+from oocattn.kernels.registry import device_type, max_keys, rounds_weights
 from oocattn.naming import as_given
 from oocattn.planning.candidates import make_plan
 from oocattn.planning.devices import DEVICES, DISK_RATE, DeviceRate, device_rate
@@ -137,6 +137,7 @@ def _hardware(
         scratch_bytes=estimated_scratch(kind),
         device=kind,
         half_rate_rows=HALF_RATE_ROWS[kind],
+        max_keys=max_keys(found.kernel),
         rounds_weights=rounds_weights(found.kernel),
         lanes=1 if on_cpu else devices,
         threads=devices if on_cpu else 1,

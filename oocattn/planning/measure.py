@@ -20,7 +20,7 @@ from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.merging import finalise, merge
-from oocattn.kernels.registry import default_kernel, device_type, get_kernel, require_kernel, rounds_weights
+from oocattn.kernels.registry import default_kernel, device_type, get_kernel, max_keys, require_kernel, rounds_weights
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_rates
@@ -86,7 +86,7 @@ def describe_hardware(
         scratch_bytes=get_kernel(name).scratch_bytes,
         device=device,
         half_rate_rows=half_rate_rows,
-        max_keys=get_kernel(name).max_keys,
+        max_keys=max_keys(name),
         rounds_weights=rounds_weights(name),
         lanes=lanes,
         machine_lanes=machine_lanes if machine_lanes < lanes else 0,

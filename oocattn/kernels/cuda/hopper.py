@@ -37,7 +37,6 @@ class HopperKernel(Kernel):
 
     name = "hopper"
     rounds_weights = True
-    max_keys = 1 << 18  # documents at D = 64: 495 TFLOP/s, with 64K keys 450 (H200); sums fold every 16K
 
     def numbers(self, dtype: str) -> Numbers:
         """How rows of a dtype are multiplied."""

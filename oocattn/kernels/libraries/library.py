@@ -8,9 +8,10 @@ from torch import Tensor
 
 from oocattn.kernels.cuda.device import allocated_bytes
 from oocattn.kernels.cuda.hopper import HopperKernel
-from oocattn.kernels.kernel import MAX_KEYS, Kernel, Operands
+from oocattn.kernels.kernel import Kernel, Operands
 from oocattn.kernels.merging import fold
 from oocattn.kernels.plain import PlainKernel
+from oocattn.kernels.registry import MAX_KEYS
 from oocattn.kernels.state import AttentionState
 from oocattn.kernels.tiles import level_step, make_tiles
 from oocattn.problem.arrays import DTYPES
