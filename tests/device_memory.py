@@ -157,7 +157,7 @@ def measured(kernel: str, problem: Problem) -> tuple[int, int]:
     with a_gpu_of_sizes() as allocator, pytest.MonkeyPatch.context() as patch:
         sample = kernel_rates.Sample.of(problem)
         patch.setattr(measure, "release_cached_memory", lambda _: None)
-        kernel_rates._time_launches(kernel, sample, *measure.CUDA_SAMPLE, META, 0.0)
+        kernel_rates._time_launches(kernel, sample, *measure.cuda_sample(kernel, problem.dtype), META, 0.0)
         measure._launch_everything(kernel, sample, META)
         patch.setattr(measure, "kernel_rate", lambda *_, **__: 1.0)
         return allocator.most_reserved, measure._gpu_rate(kernel, problem, 2048, 1)[1]

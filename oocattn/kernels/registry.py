@@ -18,7 +18,7 @@ DeviceType = Literal["cpu", "cuda"]
 SecondPasses = Literal["proofs", "surveys"]
 
 MAX_KEYS = 1 << 16  # the most keys to chain: beyond, the error of 16-bit matrix units grows
-_HOPPER_KEYS = 1 << 18  # whose sums fold every 16K. Of 64K, calls were launched late; documents at D = 64 took 1.1 as long
+_HOPPER_KEYS = 1 << 18  # our own begins new sums within a call. With 64K keys calls were launched late (NOTES.md)
 
 
 class _Registration(NamedTuple):
@@ -49,10 +49,16 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
         "oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise", max_keys=_HOPPER_KEYS
     ),
     "hopper-weights": _Registration(
-        "oocattn.kernels.cuda.hopper", "HopperWeightsKernel", "cuda", "never", ("proofs",), True, _HOPPER_KEYS
+        "oocattn.kernels.cuda.hopper",
+        "HopperWeightsKernel",
+        "cuda",
+        "never",
+        ("proofs",),
+        rounds_weights=True,
+        max_keys=_HOPPER_KEYS,
     ),
     "hopper-survey": _Registration(
-        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",), False, _HOPPER_KEYS
+        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",), max_keys=_HOPPER_KEYS
     ),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda", rounds_weights=True),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda", rounds_weights=True),

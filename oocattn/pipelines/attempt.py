@@ -29,7 +29,7 @@ from oocattn.pipelines.schedule import Schedule
 from oocattn.pipelines.signals import InterruptedRunError, Interrupts
 from oocattn.pipelines.standstill import Standstill
 from oocattn.pipelines.watch.events import Attended, Callback, Progressed, Saved, Staged, Stalled, TaskEvent
-from oocattn.planning.options import MOST_UNFINISHED, PIECE, WINDOW
+from oocattn.planning.options import MOST_UNFINISHED, TASK_PIECE, TASK_WINDOW
 from oocattn.storage.inputs.fingerprints import changed_arrays
 from oocattn.storage.remote.limits import current_limit
 from oocattn.units import format_seconds
@@ -113,7 +113,7 @@ class Attempt:
         while True:
             while self._has_room() and (batch := _take(ahead, subproblems * self._schedule.lanes)):
                 self._submit(batch)
-                subproblems = PIECE
+                subproblems = TASK_PIECE
             if not self._unfinished:
                 break
             for task, outcome in self._next_outcomes():
@@ -124,7 +124,7 @@ class Attempt:
     def _has_room(self) -> bool:
         """Whether another piece may be submitted: both what is to be attended and what is to be written is bounded."""
         lanes = self._schedule.lanes
-        return self._attending < WINDOW * lanes and len(self._unfinished) < MOST_UNFINISHED * lanes
+        return self._attending < TASK_WINDOW * lanes and len(self._unfinished) < MOST_UNFINISHED * lanes
 
     def _submit(self, batch: list[list[Task]]) -> None:
         with naming("the submission of tasks"), self._prefer_worker_lost():

@@ -61,8 +61,11 @@ class Sample(NamedTuple):
         terms = problem.softcap, alibi, biased
         return cls(problem.head_dim, problem.value_dim, problem.dtype, *terms, problem.second_pass)
 
-    def beginning(self, problem: Problem, keys: int) -> Sample:
-        """With rows that attend as many calls of so many keys as a problem's do, in the mean."""
+    def with_row_calls(self, problem: Problem, keys: int) -> Sample:
+        """Say after how many calls of so many keys a survey's rows are new: as many as a row of the problem attends.
+
+        That is so in a run where one subproblem has all keys of a row.
+        """
         calls = round(problem.pairs / max(1, problem.rows * keys))
         is_survey = self.second_pass is not None and self.second_pass.reduced is not None
         return self._replace(row_calls=max(1, calls) if is_survey and calls < LAST_CALLS else 0)
@@ -136,7 +139,7 @@ def _time_launches(name: str, sample: Sample, rows: int, keys: int, where: torch
         attend = _calls(name, sample, rows, keys, where)
         ends = deque[torch.cuda.Event](maxlen=LAST_CALLS)
         began = time.perf_counter()
-        while len(ends) < 3 or time.perf_counter() - began < moment:
+        while len(ends) < max(3, sample.row_calls + 1) or time.perf_counter() - began < moment:
             attend()
             end = torch.cuda.Event(enable_timing=True)
             end.record()

@@ -16,6 +16,7 @@ from oocattn.units import ceil_div, round_up
 
 OUT_CHUNK_BYTES = 16 << 20  # bytes to aim for in a chunk of `out`; files of 8 to 64 MiB are read fast
 MOST_ROWS = 1 << 18  # rows of a GPU's tile, over all heads: more gain nothing, and are written late
+USUAL_ROWS = 1 << 16  # rows of each head that a tile may have, of however many heads
 TILE_UNIT = 128  # GPU tiles are a multiple of this: kernels work on blocks of 128 rows
 
 
@@ -139,7 +140,9 @@ def _tile_choices(problem: Problem, chunk_rows: int, key_chunk_rows: int, max_ke
     count = next(equal, least)
     key = min(key_chunk_rows, round_up(ceil_div(key_chunk_rows, count), TILE_UNIT))
     rows = key if chunk_rows <= key_chunk_rows else max(key, round_up(min(chunk_rows, max_keys), TILE_UNIT))
-    most = max(rows, MOST_ROWS // problem.group_size)
+    most = max(USUAL_ROWS, MOST_ROWS // problem.group_size)
+    if rows > most:
+        rows = round_up(ceil_div(rows, ceil_div(rows, most)), TILE_UNIT)
     choices = [(query, key) for query in (4 * rows, 2 * rows, rows, rows // 2, rows // 4) if query <= most]
     choices += [(rows // 4, key // 2)] + [(rows >> power, key >> power) for power in range(2, rows.bit_length())]
     least_rows, least_keys = (min(TILE_UNIT, count) for count in (rows, key))

@@ -19,8 +19,17 @@ from oocattn.errors import ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
+from oocattn.kernels.kernel import HALF_DTYPES
 from oocattn.kernels.merging import finalise, merge
-from oocattn.kernels.registry import default_kernel, device_type, get_kernel, max_keys, require_kernel, rounds_weights
+from oocattn.kernels.registry import (
+    MAX_KEYS,
+    default_kernel,
+    device_type,
+    get_kernel,
+    max_keys,
+    require_kernel,
+    rounds_weights,
+)
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
 from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_rates
@@ -46,8 +55,8 @@ SEGMENTS = 40 << 20
 PASS_ROWS = 4096
 """Rows on which a kernel of second passes is timed on a CPU: it makes keys ready once for so many."""
 
-CUDA_SAMPLE = (65_536, 65_536)
-"""Rows and keys on which a kernel is timed on a GPU: in little memory, but for long enough to launch calls ahead of it."""
+CUDA_SAMPLE = 1 << 15
+"""Rows, and keys at least, on which a kernel is timed on a GPU: enough to fill it, in little memory."""
 
 
 def describe_hardware(
@@ -102,10 +111,16 @@ def describe_hardware(
     )
 
 
+def cuda_sample(name: str, dtype: str) -> tuple[int, int]:
+    """Rows and keys of a call by which a kernel is timed on a GPU: of a fast one more keys, or launches take longer."""
+    is_fast = max_keys(name) > MAX_KEYS and dtype in HALF_DTYPES
+    return CUDA_SAMPLE, (4 if is_fast else 1) * CUDA_SAMPLE
+
+
 def _gpu_rate(name: str, problem: Problem, half_rate_rows: int, threads: int) -> tuple[float, int]:
     """Floating-point operations per second of a kernel in calls of any length, and the bytes that measuring it takes."""
-    rows, keys = CUDA_SAMPLE
-    sample = Sample.of(problem).beginning(problem, keys)
+    rows, keys = cuda_sample(name, problem.dtype)
+    sample = Sample.of(problem).with_row_calls(problem, keys)
     measured = kernel_rate(name, sample, rows, keys, "cuda")
     if problem.flops / measured > 2 * SETTLING_SECONDS:
         measured = kernel_rate(name, sample, rows, keys, "cuda", settled=True)
@@ -208,7 +223,7 @@ def warm_up(problem: Problem, kernel: str | None, precise: bool = False) -> None
 
 def _launch_everything(name: str, sample: Sample, where: torch.device) -> None:
     """What will be timed, once, and every kind of launch of a lane, but for what a rehearsal makes."""
-    kernel, (rows, keys) = get_kernel(name), CUDA_SAMPLE
+    kernel, (rows, keys) = get_kernel(name), cuda_sample(name, sample.dtype)
     operands, state = sample.operands(rows, keys, where), AttentionState.empty(1, rows, sample.columns, where)
     kernel.attend(operands, state)
     if not kernel.plans_shapes:  # else it takes a while

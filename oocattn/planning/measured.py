@@ -5,13 +5,14 @@ from __future__ import annotations
 PIN_RATE = 10e9  # bytes per second at which host memory is pinned (15e9 with huge pages)
 HALF_RATE_KEYS = 512  # keys of a call at which a GPU's kernel falls to half its rate, for its launch
 LAUNCH_SECONDS = 0.0002  # a call of few keys on a GPU, for the thread that launches: 0.1 to 0.3 ms
+BETWEEN_SECONDS = 0.005  # in which a GPU computes nothing between two subproblems: 4 to 6 ms, of 20 to 90 each
 
-# What Python's lock is held and waited for where lanes on GPUs share a process (two H200, 32 cores): 4,096 calls and 8,192
-# reads took 14.8 s. Runs of 48 partials took 0.3 to 0.5 s longer than what else they had to do, those of 8 some 0.05 s.
+# Seconds for which lanes on GPUs hold Python's lock, or wait for it, where several share a process (two H200, 32 cores).
+# Runs of 4,096 calls and 8,192 reads took 10.6 and 14.8 s. Those of 48 partials, of two tiles each, took 0.3 to 0.5 s longer
+# than computing and the disk, those of 8 partials, of four tiles each, 0.05 s.
 LOCKED_CALL_SECONDS = 0.001  # a call of a kernel
 LOCKED_READ_SECONDS = 0.001  # a read
-LOCKED_PARTIAL_SECONDS = 0.007  # a partial that is brought back and merged, and its chunk, which is divided
-BETWEEN_SECONDS = 0.005  # in which a GPU computes nothing between two subproblems: 4 to 6 ms, of 20 to 90 each
+LOCKED_TILE_SECONDS = 0.0035  # a query tile of a partial, which is brought back, merged and, in its chunk, divided
 
 # What Python takes for small work on a CPU, of one core's time (Zen 4; a kernel call on 31 rows and 341 keys).
 CALL_SECONDS = 0.00055  # a library call within the kernel: 0.5 to 0.7 ms

@@ -21,9 +21,8 @@ from oocattn.units import ceil_div, round_up
 
 STAGING_SLOTS = {"cpu": 2, "cuda": 3}  # subproblems staged on a lane: one read, one computed (on a GPU two in flight)
 SLOTS_AHEAD = 4  # where a store is read ahead: one is computed, one may wait for that, two are read
-READERS, READ_BYTES = {"cpu": 1, "cuda": 8}, 8 << 20
-"""Threads of a lane that read, and the bytes that each reads at a time. From the page cache 28 GB/s come with 8, with one 6
-(16 cores)."""
+READERS = {"cpu": 1, "cuda": 8}  # threads of a lane that read: from the page cache 28 GB/s with 8, with one 6 (16 cores)
+READ_BYTES = 8 << 20  # that each of several reads at a time
 
 QUERY_SLOTS = 2  # query tiles on a GPU, each with its state: one computed, one copied
 KEY_SLOTS = 3  # key tiles on a GPU at a time: one that is attended and two that are copied in

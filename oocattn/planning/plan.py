@@ -215,13 +215,12 @@ class Plan(Shown):
 
     @property
     def binds(self) -> str:
-        """The link that takes longest; links that share the disk count together."""
-        alone = [link for link in self.links if link.name in ("compute", "copy", "files", "python", "tasks")]
-        disk = [link for link in self.links if link not in alone]
-        longest = max(alone, key=lambda link: link.seconds)
-        if sum(link.seconds for link in disk) > longest.seconds:
-            longest = max(disk, key=lambda link: link.seconds)
-        return longest.name
+        """The link that takes longest; links that share the disk count together, and those that share Python."""
+        disk = [link for link in self.links if link.name in ("read", "partials", "write")]
+        python = [link for link in self.links if link.name in ("python", "tasks")]
+        alone = [[link] for link in self.links if link not in disk + python]
+        longest = max([*alone, python, disk], key=lambda links: sum(link.seconds for link in links))
+        return max(longest, key=lambda link: link.seconds).name
 
     @property
     def decisions(self) -> dict[str, str | int]:

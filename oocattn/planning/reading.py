@@ -71,7 +71,7 @@ class Rate(NamedTuple):
     from_disk: bool
 
 
-def sample_rate(dataset: Dataset, device: Device = "cpu") -> Rate:
+def sample_rate(dataset: Dataset, device: Device) -> Rate:
     """How fast directly read arrays come in for a lane on such a device, by several threads, sampled all over."""
     threads, piece = SAMPLE_THREADS[device], PIECE_BYTES[device]
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
@@ -88,7 +88,8 @@ def sample_rate(dataset: Dataset, device: Device = "cpu") -> Rate:
         row_bytes = head_dim * array.dtype.itemsize
         together = max(1, min(heads, array.shared_heads, piece // row_bytes))  # heads, as a run reads them
         few = tokens if together == 1 else max(1, tokens // parts)
-        rows = min(few, max(1, piece // (row_bytes * together)))
+        most = max(1, batches * heads * tokens // (threads * ROUNDS * together))  # or one sample would read what another has
+        rows = min(few, most, max(1, piece // (row_bytes * together)))
         start, first = int(share * (tokens - rows)), int(share * (heads - together + 1))
         buffer = buffers.get()
         out = buffer[: together * rows * row_bytes].view(array.dtype).reshape(together, rows, head_dim)

@@ -12,6 +12,7 @@ from oocattn.kernels.registry import (
     device_type,
     get_kernel,
     kernel_names,
+    max_keys,
     require_kernel,
     rounds_weights,
     second_pass_kernel,
@@ -87,8 +88,9 @@ def test_every_kernel_has_its_name_and_bounds():
             assert kernel.name == name
             assert kernel.shifted == (passes is not None)
             assert kernel.rounds_weights == rounds_weights(name)
+            assert max_keys(name) == (1 << 18 if name.startswith("hopper") else 1 << 16)
             assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
-    for call in (get_kernel, device_type):
+    for call in (get_kernel, device_type, max_keys):
         with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference"):
             call("abacus")
 

@@ -56,9 +56,9 @@ def test_what_is_not_cached_is_measured_so(names: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(timing, "_TASKS", tmp_path)  # where threads wait for cores is the subject of test_timing
     arrays = {name: ColdArray() if name in names else SimpleNamespace(direct=False, axes=Axes("bhnd")) for name in "qkv"}
     dataset = SimpleNamespace(arrays=arrays)
-    rate = sample_rate(dataset).rate
+    rate = sample_rate(dataset, "cpu").rate
     assert 0.5 * PIECE_BYTES["cpu"] / SECONDS < rate <= 1.5 * PIECE_BYTES["cpu"] / SECONDS
-    assert sample_rate(dataset).rate > 2 * rate  # now it is cached
+    assert sample_rate(dataset, "cpu").rate > 2 * rate  # now it is cached
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="nobody counts what comes from a disk")
@@ -90,7 +90,7 @@ def test_reads_that_all_fail_end_with_their_error() -> None:
             raise IntegrityError("gone")
 
     with pytest.raises(IntegrityError, match="gone"):
-        sample_rate(SimpleNamespace(arrays={name: NoArray() for name in "qkv"}))
+        sample_rate(SimpleNamespace(arrays={name: NoArray() for name in "qkv"}), "cpu")
 
 
 @pytest.mark.parametrize("address", ["foo", "127.0.0.1", "127.0.0.1:99999", "127.0.0.1:-1"])

@@ -12,8 +12,9 @@ from made_up import MIB, asked, check_the_smallest_budget, plan, smallest_named
 from support import GPU, a_problem
 
 from oocattn import BudgetError
-from oocattn.kernels.registry import get_kernel
+from oocattn.kernels.registry import get_kernel, max_keys
 from oocattn.pipelines.questions import Questions
+from oocattn.planning.layout import MOST_ROWS, USUAL_ROWS
 from oocattn.planning.machine import Hardware
 from oocattn.planning.memory import TOTALS_SLOTS
 from oocattn.problem.problem import Problem
@@ -55,7 +56,12 @@ def problems(draw: st.DrawFn, tokens: st.SearchStrategy[int] | None = None) -> P
 
 gpus = st.builds(
     lambda kernel, lanes, measuring: replace(
-        GPU, kernel=kernel, scratch_bytes=get_kernel(kernel).scratch_bytes, lanes=lanes, measuring_bytes=measuring
+        GPU,
+        kernel=kernel,
+        scratch_bytes=get_kernel(kernel).scratch_bytes,
+        max_keys=max_keys(kernel),
+        lanes=lanes,
+        measuring_bytes=measuring,
     ),
     st.sampled_from(["hopper", "cudnn", "flash", "fa3", "torch"]),
     st.sampled_from([1, 1, 4]),
@@ -74,7 +80,8 @@ def test_peaks_stay_within_the_budgets(problem: Problem, gpu: Hardware, device: 
     assert made.peak_device <= device
     assert made.peak_host <= host
     assert made.device == "cuda"
-    assert made.tiles.key <= 65_536
+    assert made.tiles.key <= gpu.max_keys
+    assert made.tiles.query * problem.group_size <= max(MOST_ROWS, USUAL_ROWS * problem.group_size)
     assert 1 <= made.tiles.query <= made.chunk_rows
     assert 1 <= made.tiles.key <= made.key_chunk_rows
     if device >= made.lanes * GIB:  # below 16K rows, over all heads of a group, kernels fall behind
@@ -89,7 +96,9 @@ def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
     check_the_smallest_budget(problem, gpu, name, decomposition)
 
 
-SURVEYING = replace(GPU, kernel="hopper-survey", scratch_bytes=get_kernel("hopper-survey").scratch_bytes)
+SURVEYING = replace(
+    GPU, kernel="hopper-survey", scratch_bytes=get_kernel("hopper-survey").scratch_bytes, max_keys=max_keys("hopper-survey")
+)
 
 
 def surveyed(problem: Problem) -> Problem:

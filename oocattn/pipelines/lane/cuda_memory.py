@@ -122,7 +122,7 @@ def take_device_memory(device: torch.device, compute: torch.cuda.Stream, plan: P
 
 def copy_heads(into: torch.Tensor, source: torch.Tensor) -> None:
     """Copy [heads, ...] between host and device in few pieces, for Python's lock, and contiguous ones: others block."""
-    whole = into.is_contiguous() and source.is_contiguous()
+    whole = into.shape == source.shape and into.is_contiguous() and source.is_contiguous()
     for target, each in [(into, source)] if whole else zip(into, source, strict=True):
         target.copy_(each, non_blocking=True)
 
