@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, wait
+from traceback import clear_frames
 from typing import Generic, TypeVar
 
 import ml_dtypes
@@ -103,7 +104,8 @@ class HostMemory:
             with naming(SET_UP):
                 self._allocate_all()
         except BaseException as error:
-            self._fail(error)  # by itself: a slot among the locals here would be a reference circle through the traceback
+            clear_frames(error.__traceback__)  # or slots among their locals would be in a reference circle, as the error is
+            self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
         """Raise the error in every thread that waits, or will wait, for missing memory."""
