@@ -140,7 +140,7 @@ def _tile_choices(problem: Problem, chunk_rows: int, key_chunk_rows: int, max_ke
     count = next(equal, least)
     key = min(key_chunk_rows, round_up(ceil_div(key_chunk_rows, count), TILE_UNIT))
     rows = key if chunk_rows <= key_chunk_rows else max(key, round_up(min(chunk_rows, max_keys), TILE_UNIT))
-    most = max(USUAL_ROWS, MOST_ROWS // problem.group_size)
+    most = max(USUAL_ROWS, MOST_ROWS // problem.group_size) // TILE_UNIT * TILE_UNIT
     if rows > most:
         rows = round_up(ceil_div(rows, ceil_div(rows, most)), TILE_UNIT)
     choices = [(query, key) for query in (4 * rows, 2 * rows, rows, rows // 2, rows // 4) if query <= most]
