@@ -74,7 +74,7 @@ def fit(
         chunks = sizes.fit(most_chunks(dataset, key_rows, threads), 0, lambda count: beside + count * of_chunk)
         return Tiles(key_rows, group_rows, threads, chunks)
 
-    key_rows = sizes.fit(most_key_rows(rows), LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
+    key_rows = sizes.fit(most_key_rows(problem, rows), LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
     sample = tiles(key_rows, GROUP_ROWS, rows)
     steps = {name: _fit_step(sizes, readers[name], recorded.rows) for name, recorded in checksums.items()}
     all_rows = None

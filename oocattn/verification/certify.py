@@ -132,7 +132,8 @@ class Examination:
     def __call__(self) -> Examined | None:
         result = _Result.open(self.paths, self.arrays, lambda _: self.dataset)
         fitted = result.fit(self.rows, None, self.host_memory, self.checksums)
-        if fitted.sample.keys < most_key_rows(min(self.rows, result.recorded.problem.rows)):
+        problem = result.recorded.problem
+        if fitted.sample.keys < most_key_rows(problem, min(self.rows, problem.rows)):
             return None
         return Examined(result.examine(self.rows, self.seed, fitted, self.verified_with), result.recorded, result.identity)
 

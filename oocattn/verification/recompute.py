@@ -27,13 +27,14 @@ from oocattn.verification.groups import RowGroup, SharedKeys, TileMemory, rows_t
 from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF
 from oocattn.verification.sampling import SampledRow, sample_rows
-from oocattn.verification.softmax import Array64, Sums, Tile, TileSums, most_borders
+from oocattn.verification.softmax import BUFFERS, Array64, Sums, Tile, TileSums, most_borders
 
 KEY_ROWS = 8192
-"""Keys that are read and attended at a time, at most, by many rows: what they fill stays in the processor's caches."""
+"""Keys that are read and attended at a time by many rows: what they fill stays in the processor's caches."""
 
-FEW_ROWS = 32
-"""So few rows attend more keys at a time, four times as many at most: or Python's lock, which calls need, is what binds."""
+MORE_KEYS = 16  # times KEY_ROWS are attended at a time by few rows of few dimensions, at most
+TILE_NUMBERS = 7 << 20
+"""Numbers of a tile, at most, where it has more keys: with fewer, Python's lock, which calls need, is what binds."""
 
 GROUP_ROWS = 256
 """Rows of one head group that are recomputed together, at most; for more of them K and V are read again."""
@@ -126,9 +127,11 @@ def error_in_ulps(found: Array64, exact: Array64, dtype: str) -> Array64:
     return np.where(special, np.where(same, 0.0, np.inf), ulps)
 
 
-def most_key_rows(rows: int) -> int:
-    """Keys that so many rows attend at a time, at most."""
-    return KEY_ROWS << max(0, min(2, (FEW_ROWS // rows).bit_length() - 1))
+def most_key_rows(problem: Problem, rows: int) -> int:
+    """Keys that so many rows attend at a time, at most: a power of two times KEY_ROWS."""
+    of_key = problem.head_dim + problem.value_dim + BUFFERS * rows
+    times = min(MORE_KEYS, max(1, TILE_NUMBERS // (KEY_ROWS * of_key)))
+    return KEY_ROWS << (times.bit_length() - 1)
 
 
 def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int, threads: int = 1) -> int:

