@@ -44,6 +44,7 @@ from oocattn.pipelines.lane.device_time import DeviceClock, Stretch, record_even
 from oocattn.pipelines.lane.finisher import Finisher
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials.store import Destination, PartialStore
+from oocattn.pipelines.lane.returning import ReturningTiles
 from oocattn.pipelines.lane.stager import StagedChunks
 from oocattn.pipelines.lane.switching import hold_short_interval
 from oocattn.pipelines.watch.events import Attended, Resource
@@ -65,10 +66,6 @@ class _Launch:
     stretches: list[Stretch] = field(default_factory=list)
     pairs: int = 0
     partial_bytes: int = 0
-
-
-_ReturnedTile = tuple[int, torch.cuda.Event]
-"""The row at which a tile ends, and the event after which its partial is on the host."""
 
 
 class CudaDevice:
@@ -172,11 +169,13 @@ class CudaDevice:
         self._hand_over_while(lambda: self._must_come_back(launch, chunk))  # only this thread adds to what comes back
         destination = launch.partials.begin(staged.head_group, chunk, staged.index, staged.not_finite[chunk])
         launch.coming_back += 1
-        tiles, sums = self._launch_tiles(launch, block, destination)
-        self._coming_back.append((launch, chunk, tiles[-1][1], sums))
+        tiles = ReturningTiles()
         last = self._plan.division_of(staged.head_group).contributors(chunk)[-1] == staged.index
-        if last and self._plan.partials == "memory":
-            finisher.begin(staged.head_group, chunk, _rows_returned(tiles))
+        with tiles.all():
+            if last and self._plan.partials == "memory":  # while later tiles are computed, those before are written
+                finisher.begin(staged.head_group, chunk, tiles.rows())
+            sums = self._launch_tiles(launch, block, destination, tiles)
+        self._coming_back.append((launch, chunk, tiles.last, sums))
 
     def _must_come_back(self, launch: _Launch, chunk: int) -> bool:
         """True if earlier partials of a chunk must come first: for buffers, or a save."""
@@ -215,25 +214,24 @@ class CudaDevice:
             return memory, self._operation.begin_sums(staged.head_group, block, staged.rows, Arena(memory).take)
 
     def _launch_tiles(
-        self, launch: _Launch, block: Block, destination: Destination
-    ) -> tuple[list[_ReturnedTile], SummedBlock | None]:
-        """Enqueue a query chunk tile by tile, again with half the rows if memory is short; and what it sums over them."""
+        self, launch: _Launch, block: Block, destination: Destination, tiles: ReturningTiles
+    ) -> SummedBlock | None:
+        """Enqueue a query chunk tile by tile, again with half the rows if memory is short; return what it sums over them."""
         rows = launch.staged.queries[block.query_chunk][0].shape[1]
         memory, sums = self._begin_sums(launch, block)
-        tiles: list[_ReturnedTile] = []
         first = 0
         while first < rows:
             tile = range(first, min(first + self.tile_rows.count, rows))
             self._copy_totals(self._buffers.kept_totals, memory)
             try:
-                tiles.append((tile.stop, self._launch_tile(launch, block, tile, destination, sums)))
+                tiles.add(tile.stop, self._launch_tile(launch, block, tile, destination, sums))
                 first = tile.stop
                 self._health.step()  # the device works off what was enqueued: only so much waits there
             except torch.OutOfMemoryError as error:
                 self._copy_totals(memory, self._buffers.kept_totals)  # without what the tile has added
                 self.tile_rows.halve(error)
                 launch.halvings += self.tile_rows.take_halvings()
-        return tiles, sums
+        return sums
 
     def _copy_totals(self, into: torch.Tensor, memory: torch.Tensor) -> None:
         if len(memory):
@@ -325,10 +323,3 @@ class CudaDevice:
             yield
         finally:  # also what was launched before an error uses its slots
             launch.stretches.append(Stretch(resource, start, record_event(stream)))
-
-
-def _rows_returned(tiles: Iterable[_ReturnedTile]) -> Iterator[int]:
-    """Up to which row a chunk is in host memory, as its tiles come back."""
-    for stop, returned in tiles:
-        returned.synchronize()
-        yield stop

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pretend
@@ -23,6 +24,7 @@ from support import (
     written_bits,
 )
 
+from oocattn.errors import TaskError
 from oocattn.pipelines.lane import cuda, cuda_memory
 from oocattn.pipelines.lane.memory import Arena
 from oocattn.pipelines.lane.partials import files as partial_files
@@ -72,6 +74,49 @@ def test_a_chunk_is_written_while_its_last_tiles_are_computed(
     assert lane.merge(0, 0).pairs == made.problem.pairs
     lane.write(0, 0)
     assert len(list(folder.glob("c.0.0.?.0"))) == 4
+    lane.close()
+
+
+def test_a_chunk_is_written_while_its_last_tile_is_still_to_be_enqueued(
+    fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a chunk has more calls than may be ahead of the device, that is nearly all of its time."""
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80, heads=1))
+    made = replace(pretend.gpu_plan(dataset, (20, 10), causal=True, chunks=1), out_chunk_rows=20)
+    launch_tile, written = cuda.CudaDevice._launch_tile, []
+
+    def launch_last_later(device: cuda.CudaDevice, launch: Any, block: Any, tile: range, *others: Any) -> Any:
+        folder, deadline = ResultPaths.at(fast_path / "result.zarr").unfinished / "out", time.monotonic() + 20
+        while tile.start == 60 and len(list(folder.glob("c.0.0.?.0"))) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        written.append(sorted(path.name for path in folder.glob("c.0.0.?.0")))
+        return launch_tile(device, launch, block, tile, *others)
+
+    monkeypatch.setattr(cuda.CudaDevice, "_launch_tile", launch_last_later)
+    lane = make_lane(made)
+    lane.stage(0, 0, 0)
+    lane.attend(0)
+    assert written[-1] == ["c.0.0.0.0", "c.0.0.1.0", "c.0.0.2.0"]
+    assert lane.merge(0, 0).pairs == made.problem.pairs
+    lane.close()
+
+
+def test_an_error_between_tiles_ends_the_lane(fast_path: Path, make_lane: MakeLane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that finishes the chunk does not wait for the tiles that do not come."""
+    dataset = write_dataset(fast_path / "dataset.zarr", normal_arrays(80, heads=1))
+    made = replace(pretend.gpu_plan(dataset, (20, 10), causal=True, chunks=1), out_chunk_rows=20)
+    launch_tile = cuda.CudaDevice._launch_tile
+
+    def fail_in_the_third(device: cuda.CudaDevice, launch: Any, block: Any, tile: range, *others: Any) -> Any:
+        if tile.start == 40:
+            raise ArithmeticError("no more")
+        return launch_tile(device, launch, block, tile, *others)
+
+    monkeypatch.setattr(cuda.CudaDevice, "_launch_tile", fail_in_the_third)
+    lane = make_lane(made)
+    lane.stage(0, 0, 0)
+    with pytest.raises(TaskError, match="no more"):
+        lane.attend(0)
     lane.close()
 
 
