@@ -213,6 +213,43 @@ def test_a_chunk_that_is_done_with_by_the_next_save_is_never_saved(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
+def test_a_chunk_that_is_finished_next_is_saved_only_as_the_lane_ends(tmp_path: Path) -> None:
+    """A save would hold up its release, and the end of the run."""
+    plan = plan_of()
+    store, everyone = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)
+    for position in range(len(everyone) - 1):
+        fold(store, plan, position)
+    fold(store, plan, len(everyone) - 1, ended=False)
+    saving = threading.Thread(target=store.save, args=(True,), daemon=True)
+    saving.start()
+    saving.join(10)  # it does not wait for what is in flight
+    assert not saving.is_alive()
+    assert not store.save_pending(0, CHUNK)
+    store.end(0, CHUNK, everyone[-1])
+    assert store.save(patient=True) == 0
+    assert store.save(patient=False) > 0
+    assert folded(tmp_path) == [everyone]
+
+
+def test_a_save_that_waits_is_over_when_what_it_waits_for_is_finished_next(tmp_path: Path) -> None:
+    plan = plan_of()
+    store, everyone = store_of(plan, tmp_path), {chunk: plan.division_of(0).contributors(chunk) for chunk in (CHUNK, 5)}
+    for chunk in everyone:
+        fold(store, plan, 0, chunk=chunk, ended=False)
+    saving = threading.Thread(target=store.save, args=(True,), daemon=True)
+    saving.start()
+    while not (waited := [chunk for chunk in everyone if store.save_pending(0, chunk)]):
+        saving.join(0.01)
+    other = ({*everyone} - {*waited}).pop()
+    for position in range(1, len(everyone[other])):  # which nobody waits for: its partials go on to come
+        fold(store, plan, position, chunk=other, ended=False)
+        store.end(0, other, everyone[other][position - 1])
+    store.end(0, waited[0], everyone[waited[0]][0])
+    saving.join(10)
+    assert not saving.is_alive()
+    assert folded(tmp_path) == [everyone[waited[0]][:1]]
+
+
 def test_a_chunk_that_is_never_idle_is_made_so_for_a_save(tmp_path: Path) -> None:
     plan = plan_of()
     store, first = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)[0]

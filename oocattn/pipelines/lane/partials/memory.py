@@ -40,7 +40,8 @@ class MemoryPartials:
     """Each partial is folded into its chunk's accumulator, in order, so that a file says how many contributors it has.
 
     While an accumulator is being written nothing is folded into it, and where no other is left to be written, one that is
-    never idle is made so. One thread begins partials; any may end them and save. Implements PartialStore.
+    never idle is made so. One into which all have begun to be folded is written only as the lane ends: its chunk is finished
+    next. One thread begins partials; any may end them and save. Implements PartialStore.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -69,6 +70,7 @@ class MemoryPartials:
                 fold.unsaved_since = clock.now()
             fold.started += 1
             fold.not_finite += not_finite
+            self._changed.notify_all()
         return Destination(fold.state, merged=position > 0)
 
     def save_pending(self, head_group: int, chunk: int) -> bool:
@@ -103,13 +105,12 @@ class MemoryPartials:
 
     def save(self, patient: bool, recent: float = 0.0) -> int:
         with self._changed:
-            unsaved = {place: fold for place, fold in self._folds.items() if fold.saved < fold.started}
-            due = {place for place, fold in unsaved.items() if fold.unsaved_since <= clock.now() - recent}
+            unsaved = {place for place, fold in self._folds.items() if fold.saved < fold.started}
+            due = {place for place in unsaved if self._folds[place].unsaved_since <= clock.now() - recent}
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
-            if place in self._folds:
-                written += self._save(place)
+            written += self._save(place)
         return written
 
     def stop_waiting(self) -> None:
@@ -144,22 +145,30 @@ class MemoryPartials:
         return fold
 
     def _next_due(self, due: set[Place], patient: bool) -> Place | None:
-        """An idle chunk among these; None where there is none, and none will come."""
+        """An idle chunk among these, which are those still due afterwards; None where there is none, and none will come."""
 
         def find_idle() -> Place | None:
-            return next((place for place in due if place not in self._folds or self._folds[place].idle), None)
+            due.intersection_update(self._folds)  # the others are written
+            if patient:  # these are finished next, which a save would hold up
+                due.difference_update([place for place in due if self._has_all(place)])
+            return next((place for place in due if self._folds[place].idle), None)
 
         with self._changed:
-            if patient and due and not find_idle():
+            place = find_idle()
+            if patient and due and place is None:
                 busy = self._folds[next(iter(due))]
                 busy.save_pending = True
-                self._changed.wait_for(lambda: find_idle() or self._stopped_waiting)
+                self._changed.wait_for(lambda: find_idle() or not due or self._stopped_waiting)
                 busy.save_pending = False
-            place = find_idle()
-            if place in self._folds:
+                place = find_idle()
+            if place is not None:
                 self._folds[place].being_saved = True
             self._changed.notify_all()
             return place
+
+    def _has_all(self, place: Place) -> bool:
+        """Whether every partial of a chunk has at least begun to come."""
+        return self._folds[place].started == len(self._contributors(place))
 
     def _save(self, place: Place) -> int:
         fold = self._folds[place]
