@@ -33,12 +33,20 @@ class Allowances:
         self._value_dim = errors.slope_vector.shape[1]
 
     def of(
-        self, out: Array64, lse: Array64, maximum: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]
+        self,
+        out: Array64,
+        lse: Array64,
+        maximum: Array64,
+        den: Array64,
+        share: Array64,
+        size: Array64,
+        keys: npt.NDArray[np.int64],
     ) -> Allowance:
         """The allowance of rows with these exact results.
 
-        Given are `out` [rows, Dv], lse, largest scores, sums and numbers of keys. Nothing is lost of a row without a key, or
-        whose scores are all -Inf: its weights are 0 in any arithmetic.
+        Given are `out` [rows, Dv], lse, largest scores, sums of weights, the share of these that a sink does not take, sizes
+        of values and numbers of keys. Nothing is lost of a row without a key, or whose scores are all -Inf, of `out` also
+        where all are so far below a sink: its weights are 0 in any arithmetic.
         """
         errors = self._errors
         empty, keys = np.isneginf(maximum), np.maximum(keys, 1)
@@ -47,16 +55,19 @@ class Allowances:
         matter = lse - 10 - np.log(keys)  # from such a score on, together
         unknown = errors.reach > matter  # keys that matter have errors that are not small
         steady = np.where(unknown, errors.largest_error, errors.systematic.total / den)
-        of_out, of_lse = self._of_out(out, lse, den, size, keys), self._of_lse(lse, rise, den, steady, keys)
-        anything = 1.01 * (np.linalg.norm(out, axis=1) + errors.largest_value)  # out is a mean of values
+        of_out, of_lse = self._of_out(out, lse, den, share, size, keys), self._of_lse(lse, rise, den, steady, keys)
+        anything = 1.01 * (np.linalg.norm(out, axis=1) + share * errors.largest_value)  # out is a mean of values
         of_out = np.minimum(np.where(unknown, np.inf, of_out), anything)
         overflows = (errors.largest_sum > 1) | (errors.lost > matter) | (size > OVERFLOW)
         of_out, of_lse = (np.where(overflows, np.inf, allowed) for allowed in (of_out, of_lse))
-        of_out, of_lse = (np.where(empty, 0.0, allowed) for allowed in (of_out, of_lse))
+        of_out, of_lse = np.where(empty | (share == 0), 0.0, of_out), np.where(empty, 0.0, of_lse)
         return Allowance(np.where(np.isnan(of_out), 0.0, of_out), np.where(np.isnan(of_lse), 0.0, of_lse))  # of rows of NaN
 
-    def _of_out(self, out: Array64, lse: Array64, den: Array64, size: Array64, keys: npt.NDArray[np.int64]) -> Array64:
+    def _of_out(
+        self, out: Array64, lse: Array64, den: Array64, share: Array64, size: Array64, keys: npt.NDArray[np.int64]
+    ) -> Array64:
         errors, partials, length = self._errors, self._partials, np.linalg.norm(out, axis=1)
+        about = np.maximum(errors.square_of_values / den - (2 - share) * length**2, 0.0)  # the sum of P_j |v_j - out|^2
         deviation = UNIT * math.sqrt(VARIANCE)
         partial = np.sqrt(partials.moments.square / keys)
         if self._value_dim == 1:  # the product with one column is a dot product, whose lanes add up keys that lie apart
@@ -70,7 +81,7 @@ class Allowances:
         steady = [
             np.sqrt(errors.systematic.total * errors.systematic.about(out)) / den,
             2 * UNIT * np.linalg.norm(errors.slope_vector - out * errors.slope[:, None], axis=1) / den,
-            UNIT / 2 * np.sqrt(np.maximum(errors.square_of_values / den - length**2, 0.0)),  # of exp with its value
+            UNIT / 2 * np.sqrt(share * about),  # of exp with its value
             UNIT / 2 * np.minimum(keys, 256 + keys / 256) * one_sign / den,
             2 * UNIT * length,
             keys * (SMALLEST["float32"] * math.sqrt(self._value_dim) + 2.0**-126 * errors.largest_value),  # underflow

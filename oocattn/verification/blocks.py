@@ -23,7 +23,7 @@ from oocattn.storage.inputs.direct import MOST_THREADS
 from oocattn.storage.results.rows import RowReader
 from oocattn.units import ceil_div
 from oocattn.verification.differences import FOUND_BYTES, Differences
-from oocattn.verification.judge import Bools, Judge, Piece
+from oocattn.verification.judge import NEIGHBOURS, Bools, Judge, Piece
 from oocattn.verification.noise import Array64, KeyTerms, WeightNoise
 from oocattn.verification.row_sums import Array32, OutSums, Rows, RowSums, sums_bytes
 
@@ -31,7 +31,7 @@ BLOCK_ROWS = 1 << 17
 """Rows that a thread reads and compares at a time, at most: of fewer, Python's lock takes a larger part of the time."""
 
 AHEAD = 2  # blocks that are begun for each thread, so that none waits for the next
-LEAST_ROWS = 64  # the fewest that are read at a time; of fewer, calls take longer than numbers
+LEAST_ROWS = NEIGHBOURS  # the fewest that are read at a time; of fewer, calls take longer than numbers
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Compared:
         rows = min(rows, max(problem.out_rows, problem.keys))
         columns, out = max(problem.head_dim, problem.value_dim), self.result["out"].dtype
         of_row = columns * max(problem.itemsize, out.itemsize) + VECTORS * 4 + 2 * 4 + 7 * 8
-        of_row += 32 * 8 + 2 * columns  # numbers of each row, and the keys that it attends; where NaN is looked for
+        of_row += 34 * 8 + 2 * columns  # numbers of each row, and the keys that it attends; where NaN is looked for
         of_thread = rows * of_row + sums_bytes(out.name, columns, VECTORS, rows)
         of_thread += (AHEAD + 1) * FOUND_BYTES
         decoding = max(array.decode_bytes for array in self.dataset.arrays.values()) * ceil_div(threads, MOST_THREADS)

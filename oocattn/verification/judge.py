@@ -12,9 +12,13 @@ from oocattn.problem.problem import Problem
 from oocattn.verification.attended import Int64s, attended_ranges, count_keys, key_positions
 from oocattn.verification.differences import Differences
 from oocattn.verification.noise import SUSPICIOUS, Array64, KeyTerms, QueryTerms, WeightNoise, relative_noise
+from oocattn.verification.rounding import least_length
 from oocattn.verification.row_sums import Array32, OutSums, Rows
 
 _NOT_COMPARED = math.nextafter(SUSPICIOUS, math.inf)  # of rows of NaN or Inf: suspected after all that differ
+
+NEIGHBOURS = 64
+"""Rows that show how large a row usually is. Blocks of rows have a multiple of them, so that they are the same in each."""
 
 Bools = npt.NDArray[np.bool_]
 
@@ -55,12 +59,12 @@ class Judge:
         lse, total = piece.lse.astype(np.float64), np.exp(piece.passed_lse, dtype=np.float64)
         rows = QueryTerms(piece.norms, lse, self._alibi(piece, ranges), 0.0 if sink is None else abs(sink))
         relative = relative_noise(self.problem, rows, keys) + self.weights.relative
-        differences, squares, variance = sums.compare(piece.out, piece.passed)
-        few = keys.value_square / np.maximum(attended, 1)
-        np.maximum(squares, few, out=squares)  # by chance a row of few columns is small
-        variance += (self.weights.variance + relative**2) * squares
+        expected = np.ones(1) if sink is None else -np.expm1(sink - lse)
+        differences, squares, of_passed, variance = sums.compare(piece.out, piece.passed)
+        usual = _usual_square(of_passed, keys.value_square * expected.clip(0.0, 1.0) ** 2 / np.maximum(attended, 1))
+        np.maximum(squares, of_passed, out=squares)
+        variance += (self.weights.variance + relative**2) * np.maximum(squares, usual)
         differences /= np.sqrt(variance)
-        expected = 1.0 if sink is None else -np.expm1(sink - lse)
         sigmas: Array64 = np.maximum(differences, np.abs(total - expected) / relative)
         comparable = np.isfinite(sigmas) & np.isfinite(relative)
         if not comparable.all():
@@ -73,7 +77,8 @@ class Judge:
             nothing = (piece.out[rest] == 0).all(axis=1) & (piece.passed[rest] == 0).all(axis=1)
             nothing &= (total[rest] == 0) & (lse[rest] == (-np.inf if sink is None else sink))
             sigmas[rest] = np.where(nothing, 0.0, np.inf)
-        _count_noise(found, relative, variance, squares, comparable)
+        least = least_length(self.problem.out_dtype, self.problem.value_dim)
+        _count_noise(found, relative, variance, squares, comparable, least)
         return sigmas
 
     def _sink(self, query_head: int) -> float | None:
@@ -97,11 +102,25 @@ class Judge:
         sigmas[rows] = np.where(some, np.inf, _NOT_COMPARED)
 
 
-def _count_noise(found: Differences, relative: Array64, variance: Array64, squares: Array64, comparable: Bools) -> None:
-    """Count the noise of rows that could be compared, and of lse."""
+def _usual_square(squares: Array64, of_values: Array64) -> Array64:
+    """The square of the norm that rows of `out` are as noisy as [n]: by chance a row of few columns is small.
+
+    That of as many values of random signs, which are as large as those of all keys, `of_values` [n], where the mean of the
+    `squares` of neighbouring rows is not smaller: their values may be, or those that weigh most.
+    """
+    firsts = np.arange(0, len(squares), NEIGHBOURS)
+    means = np.add.reduceat(squares, firsts) / np.diff(firsts, append=len(squares))
+    found: Array64 = np.fmin(np.repeat(means, NEIGHBOURS)[: len(squares)], of_values)
+    return found
+
+
+def _count_noise(
+    found: Differences, relative: Array64, variance: Array64, squares: Array64, comparable: Bools, least: float
+) -> None:
+    """Count the noise of rows that could be compared, relative to their norms or to the `least`, and of lse."""
     if not comparable.all():
         relative, variance, squares = relative[comparable], variance[comparable], squares[comparable]
     nonzero = squares > 0
     if not nonzero.all():
         variance, squares = variance[nonzero], squares[nonzero]
-    found.see_noise(np.sqrt(variance / squares), relative)
+    found.see_noise(np.sqrt(variance / np.maximum(squares, least**2)), relative)

@@ -6,7 +6,6 @@ Nothing of a run is reused here: no kernel, no merge, no division; the formula o
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from oocattn.verification.chunk_cache import ChunkCache
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.groups import RowGroup, SharedKeys, TileMemory, rows_that_share_keys
 from oocattn.verification.repeats import slots_for
-from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF
+from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, least_length, subnormal_rounding
 from oocattn.verification.sampling import SampledRow, sample_rows
 from oocattn.verification.softmax import BUFFERS, Array64, Sums, Tile, TileSums, most_borders
 
@@ -75,9 +74,9 @@ def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> 
     Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or
     are nearly subnormal in the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
     """
-    tiny = SMALLEST[problem.out_dtype] / 2 * math.sqrt(problem.value_dim)
-    norm = _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
-    length = max(norm, exact.size / 1000, 200 * tiny)
+    of_rows = problem.out_dtype, problem.value_dim
+    tiny, norm = subnormal_rounding(*of_rows), _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
+    length = max(norm, exact.size / 1000, least_length(*of_rows))
     allowed = UNIT_ROUNDOFF[problem.out_dtype] * norm + tiny + exact.allowed
     of_lse = np.asarray([lse]), np.asarray([exact.lse])
     with np.errstate(all="ignore"):

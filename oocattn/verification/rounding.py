@@ -56,6 +56,17 @@ LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**
 
 UNIT = UNIT_ROUNDOFF["float32"]
 
+
+def least_length(dtype: str, columns: int) -> float:
+    """The norm to which errors of shorter rows are relative: 200 roundings of numbers that are subnormal in their dtype."""
+    return 200 * subnormal_rounding(dtype, columns)
+
+
+def subnormal_rounding(dtype: str, columns: int) -> float:
+    """What rounding to subnormal numbers may change of a row, as a norm."""
+    return SMALLEST[dtype] / 2 * math.sqrt(columns)
+
+
 VARIANCE = 1 / 3  # the mean square of the rounding error of x, at most, in units of (u x)^2
 SIGMAS = 4.0  # standard deviations that are allowed of errors that vary
 FEW_WEIGHTS = 1.2

@@ -90,33 +90,33 @@ class OutSums(RowSums):
         self._least_power = np.float32(SMALLEST[dtype] / spacing).view(np.int32)
 
     def compare(self, out: Rows, passed: Array32) -> Array64:
-        """Rows of `out` beside their projections `passed` [n, W]: [3, n].
+        """Rows of `out` beside their projections `passed` [n, W]: [4, n].
 
-        Of each row: the largest difference from a projection, the square of its norm as `out` or `passed` has it, whichever
-        is larger, and the variance of the errors by which its elements were rounded.
+        Of each row: the largest difference from a projection, the square of its norm as `out` has it and as `passed` has it,
+        and the variance of the errors by which its elements were rounded.
         """
-        found = np.empty((3, len(out)))
+        found = np.empty((4, len(out)))
         for first in range(0, len(out), self._tile_rows):
             rows, expected = out[first : first + self._tile_rows], passed[first : first + self._tile_rows]
-            differences, squares, variances = found[:, first : first + len(rows)]
+            differences, squares, of_passed, variances = found[:, first : first + len(rows)]
             wide = self._widen(rows)
             products = self._project(wide)
             products -= expected.T
             np.abs(products, out=products)
             differences[...] = np.maximum.reduce(products, axis=0)
             sums, others = np.vecdot(wide, wide), np.vecdot(expected, expected)
-            np.maximum(sums, others / np.float32(expected.shape[1]), out=squares)
+            squares[...] = sums
+            np.divide(others, expected.shape[1], out=of_passed)
             variances[...] = self._rounding_variance(wide)
             for odd in self._parts(~(_in_range(sums) & (others < MOST))):
                 found[:, first + odd] = self._compare_exactly(rows[odd], expected[odd])
         return found
 
-    def _compare_exactly(self, out: Rows, passed: Array32) -> tuple[Array64, Array64, Array64]:
+    def _compare_exactly(self, out: Rows, passed: Array32) -> tuple[Array64, Array64, Array64, Array64]:
         """As `compare`, in float64."""
         exact, expected = out.astype(np.float64), passed.astype(np.float64)
         differences = np.abs(np.einsum("nd,dk->nk", exact, self._signs) - expected).max(axis=1)
-        squares = np.maximum(_squares(exact), _squares(expected) / expected.shape[1])
-        return differences, squares, rounding_variance(out)
+        return differences, _squares(exact), _squares(expected) / expected.shape[1], rounding_variance(out)
 
     def _project(self, wide: Array32) -> npt.NDArray[Any]:
         """The projections of rows that `_widen` gave: [W, n]."""

@@ -235,7 +235,7 @@ class Softmax:
         out = (self._num + self._special) / den[:, None]
         lse = self._maximum + np.log(total)
         allowances = Allowances(self._errors, self._partials, self._weight_roundoff)
-        allowed = allowances.of(out, lse, self._maximum, total, self._size, keys)
+        allowed = allowances.of(out, lse, self._maximum, total, self._den / den, self._size, keys)
         return Sums(out, lse, np.nan_to_num(self._size / den), allowed.out, allowed.lse)
 
     def _take_partial_sum(self, stop: int, num: Array64, size: Array64, den: Array64) -> None:

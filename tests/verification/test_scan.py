@@ -94,6 +94,35 @@ def test_a_row_that_is_off_by_its_share_is_wrong(right: Attended, seed: int) -> 
     assert (found.suspected, found.recomputed, found.wrong_rows) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("sizes", "asked"),
+    [
+        (np.ones(300), {"learnable_sink": [20.0, 15.0]}),
+        (10.0 ** np.linspace(-4, 4, 300), {}),
+        (np.where(np.arange(300) < 192, 1e-7, 1.0), {}),
+    ],
+    ids=["a sink takes nearly all weight", "values grow", "first values are tiny"],
+)
+def test_an_error_is_found_in_rows_that_are_small_beside_other_values(
+    dtype: str, sizes: np.ndarray, asked: dict[str, Any]
+) -> None:
+    """Also one as small as the certificate says."""
+    q, k, v = unit_arrays(dtype, head_dim=16)
+    values = (v * sizes[:, None]).astype(v.dtype)
+    small = attend32((q, k, values), causal=True, **asked)
+    as_said = small.judge(block_rows=128)
+    assert (as_said.suspected, as_said.open) == (0, 0)
+    random, rows = np.random.default_rng(0), {(head, row) for head in (0, 1) for row in range(2, 190, 6)}
+    for error in (2.0, 3 * as_said.found(as_said.most_noise)):
+        spoilt = small
+        for head, row in rows:
+            exact, turned = small.out[0, head, row].astype(np.float64), random.standard_normal(16)
+            changed = exact + turned * error * np.linalg.norm(exact) / np.linalg.norm(turned)
+            spoilt = spoilt.spoilt(head, row, out=changed)
+        assert wrong_rows(spoilt.judge(block_rows=128)) == rows
+
+
 def test_two_rows_that_are_swapped_are_wrong(right: Attended) -> None:
     swapped = right.spoilt(0, 70, out=right.out[0, 1, 200]).spoilt(1, 200, out=right.out[0, 0, 70])
     assert wrong_rows(swapped.judge()) == {(0, 70), (1, 200)}
