@@ -26,6 +26,8 @@ def run() -> int:
         code = 128 + signal.SIGINT
         print("oocattn: interrupted", file=sys.stderr)
     finally:
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:  # the command has ended, and says how by its exit code
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         leave_quietly()
         if threading.active_count() > 1:
             leaving = threading.Timer(LEAVE_SECONDS, os._exit, [code])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,7 @@ from oocattn import arguments
 from oocattn.api import RUN_OPTIONS, end_of, listeners_of
 from oocattn.arguments import MOST_SEED, Duration, Size, checked
 from oocattn.denormals import keep_denormals
+from oocattn.errors import IntegrityError
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines.engines import DASHBOARD, refuse_without_pass
 from oocattn.pipelines.existing import result_at
@@ -23,6 +25,7 @@ from oocattn.planning.host import default_host_memory
 from oocattn.planning.machine import Engine
 from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.second_pass import ARRAYS, MOST_POOLS, MOST_TOP, SecondPass
+from oocattn.storage.files.operations import words_of
 from oocattn.storage.inputs.opening import InputsLike, parse_inputs
 from oocattn.storage.paths import ALL_ROWS, LOCKS, SURVEY, ResultLike, ResultPaths
 from oocattn.storage.remote.limits import limited
@@ -31,6 +34,8 @@ from oocattn.storage.results.arrays import ResultArrays
 
 SAMPLED, SAMPLED_BESIDE_ALL = 64, 8
 """Rows that are recomputed by themselves, and where all are compared: a float64 row of a million keys takes seconds."""
+
+logger = logging.getLogger("oocattn")
 
 if TYPE_CHECKING:  # importing distributed takes a second: only passes do
     from distributed import Client
@@ -120,9 +125,18 @@ def _certify(
         with keep_denormals():
             return certify(paths, arrays, host_memory=budget, **chosen)
     first = FirstPass.open(paths, arrays, chosen["inputs"], chosen["storage_options"])
-    with ProcessBeside[Examined | None]() as beside:
+    with ProcessBeside[Examined | None]() as beside, ExitStack() as passes:
         listener = _examine_meanwhile(beside, first, chosen, budget)
-        with _every_row(first, proof, host_memory, carrying_out, listener) as compared, keep_denormals():
+        try:
+            compared = passes.enter_context(_every_row(first, proof, host_memory, carrying_out, listener))
+        except IntegrityError as error:  # of lse, perhaps, without which there are no weights
+            logger.warning("not every row was compared: %s", words_of(error))
+            with keep_denormals():
+                certificate = certify(paths, arrays, host_memory=budget, **chosen)
+            if certificate.failed:
+                return certificate
+            raise
+        with keep_denormals():
             return certify(paths, arrays, host_memory=budget, all_rows=compared, beside=beside, **chosen)
 
 

@@ -28,7 +28,7 @@ def check_words(options: argparse.Namespace) -> None:
         check_engine(options.engine, has_client=options.scheduler is not None, dashboard_address=options.dashboard)
     if given.get("all_rows") is False:
         names = {"scheduler": "client", "dashboard": "dashboard_address"}
-        of_pass = ("time_limit", "timeline", "progress", "engine", *names)
+        of_pass = ("kernel", "device_memory", "time_limit", "timeline", "progress", "engine", *names)
         refuse_without_pass({names.get(name, name): given[name] for name in of_pass})
     if given.get("chunks") is not None:
         integer(1, MAX_CHUNKS)("chunks", given["chunks"])

@@ -126,10 +126,11 @@ def _failed(run: Run, engine: Engine, error: BaseException, start: float) -> Fai
 
 def _no_space(error: OSError, run: Run) -> OSError:
     """What to do about a disk that is full, as the whole run has it; a quota says so itself."""
+    go_on = "resume" if run.plan.problem.second_pass is None else "ask for it again"
     if error.errno == errno.ENOSPC:
-        words = "no space left for the result and its partials; make room and resume"
+        words = f"no space left for the result and its partials; make room and {go_on}"
         return OSError(errno.ENOSPC, words, str(run.paths.state))
-    return OSError(error.errno, f"{words_of(error)}, then resume", str(run.paths.state))
+    return OSError(error.errno, f"{words_of(error)}, then {go_on}", str(run.paths.state))
 
 
 def _all_finished(run: Run, engine: Engine) -> dict[ChunkId, FinishedChunk]:

@@ -24,6 +24,7 @@ from oocattn.pipelines.watch.events import Callback
 from oocattn.pipelines.workplace import Workplace
 from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import choose_device
+from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import weights_dtype
 from oocattn.problem.problem import Problem
 from oocattn.problem.second_pass import SecondPass
@@ -33,6 +34,8 @@ from oocattn.storage.inputs.opening import InputsLike, open_again
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
+from oocattn.storage.results.inputs_of_run import fingerprint_like
+from oocattn.storage.results.readers import result_readers
 from oocattn.storage.results.summary import PlanRecord, ResultAttributes
 from oocattn.units import format_bytes
 
@@ -56,9 +59,15 @@ class FirstPass:
     def open(
         cls, paths: ResultPaths, arrays: ResultArrays, inputs: InputsLike | None, storage_options: StorageOptions | None
     ) -> FirstPass:
-        """What a result records, with its dataset. Raises as `open_again`."""
+        """What a result records, with its dataset.
+
+        Raises as `open_again`, and IntegrityError where the dataset is known to be another than that of the run, or arrays
+        are not those of the problem.
+        """
         recorded, identity = ResultAttributes.read(paths), paths.identity()
+        result_readers(recorded.problem, arrays, str(paths.result))
         dataset = open_again(recorded.dataset, recorded.problem, "result", inputs, storage_options)
+        fingerprint_like(dataset, recorded.dataset, str(paths.result))
         return cls(paths, arrays, recorded.problem, dataset, recorded.plan, identity)
 
     def require_same(self) -> None:
@@ -199,6 +208,17 @@ def _differing(request: Request) -> str:
     return "it was asked for with other options or inputs, or began in another version of oocattn"
 
 
+def _check_budget(name: str, budget: int | None, needed: int, plan: Plan) -> None:
+    """Raise BudgetError where a pass that was begun takes more than it is given now."""
+    if budget is not None and budget < needed:
+        asked = plan.problem.second_pass
+        instead = f", or begin again with another {named('seed')}" if asked and asked.seed is not None else ""
+        raise BudgetError(
+            f"{as_given(name, format_bytes(budget))}: the second pass that was begun takes {format_bytes(needed)}; give that"
+            f"{instead}"
+        )
+
+
 def _compute(
     request: Request,
     choices: Choices,
@@ -213,13 +233,7 @@ def _compute(
         logger.warning("a second pass that was begun cannot go on, and begins again (%s)", refused)
         request, found = replace(request, overwrite=True), Found.NOTHING
     if isinstance(found, Run):
-        needed, budget = found.plan.peak_host, choices.host_memory
-        if budget is not None and budget < needed:
-            asked = found.plan.problem.second_pass
-            instead = f", or begin again with another {named('seed')}" if asked and asked.seed is not None else ""
-            raise BudgetError(
-                f"{as_given('host_memory', format_bytes(budget))}: the second pass that was begun takes "
-                f"{format_bytes(needed)}; give that{instead}"
-            )
+        _check_budget("host_memory", choices.host_memory, found.plan.peak_host, found.plan)
+        _check_budget("device_memory", choices.device_memory, found.plan.peak_device, found.plan)
         return session.attend(request, Choices(kernel=found.plan.kernel), workplace, callbacks, until)
     return session.attend(request, choices, workplace, callbacks, until)

@@ -129,10 +129,13 @@ def _peak(plan: Plan, name: BudgetName) -> int:
 def _scratch_error(plans: Sequence[Plan]) -> BudgetError:
     """Say that none of these plans has room for its partials."""
     smallest, found = min(plan.scratch_disk for plan in plans), plans[0].machine.scratch_disk
+    advice = "make room"
+    if plans[0].problem.second_pass is None:  # which has none of these options
+        advice += f", do without checkpoints, {setting('checkpoint_interval', 0)}, or leave {named('decomposition')} and "
+        advice += f"{named('chunks')} to the plan"
     return BudgetError(
-        f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(found)} is "
-        f"free beside the result: make room, do without checkpoints, {setting('checkpoint_interval', 0)}, or leave "
-        f"{named('decomposition')} and {named('chunks')} to the plan"
+        f"partials need at least {format_bytes(smallest)} of scratch on disk and {format_bytes(found)} is free beside the "
+        f"result: {advice}"
     )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from oocattn.errors import IntegrityError
 
-_OF_ROOT = re.compile(r"(c/)?\d+([./]\d+)*|c")  # the key of a chunk, where the array has no name
+_OF_ROOT = re.compile(r"(c[./])?\d+([./]\d+)*|c")  # the key of a chunk, where the array has no name
 
 
 class PageError(IntegrityError):

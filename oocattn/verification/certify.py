@@ -22,6 +22,8 @@ from oocattn.storage.paths import CERTIFICATE, CERTIFICATE_PAGE, REPORT, ResultP
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.checksums import ArrayBits, read_bits, result_digest
+from oocattn.storage.results.inputs_of_run import fingerprint_like
+from oocattn.storage.results.readers import result_readers
 from oocattn.storage.results.rows import RowReader, find_damage
 from oocattn.storage.results.summary import ResultAttributes
 from oocattn.verification.all_rows import AllRowsArrays, check_all_rows
@@ -31,7 +33,6 @@ from oocattn.verification.blocks import Compared
 from oocattn.verification.budget import Fitted, Step, fit
 from oocattn.verification.certificate import Certificate
 from oocattn.verification.findings import ArrayCheck, Ledger
-from oocattn.verification.identity import fingerprint_like
 from oocattn.verification.recompute import check_row, most_key_rows, recompute_rows
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 from oocattn.verification.text import certificate_page
@@ -156,7 +157,7 @@ class _Result:
         recorded, identity = ResultAttributes.read(paths), paths.identity()
         dataset = inputs(recorded)
         fingerprint = fingerprint_like(dataset, recorded.dataset, str(paths.result))
-        readers = _readers(recorded.problem, arrays, paths)
+        readers = result_readers(recorded.problem, arrays, str(paths.result))
         return cls(paths, recorded, identity, dataset, fingerprint, readers, read_bits(paths.result))
 
     @property
@@ -246,20 +247,6 @@ def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
         return None
     expected = count_attended(problem)[0] if problem.batch * problem.out_rows <= MOST_COUNTED else problem.pairs
     return Ledger(expected=expected, counted=counts.pop("pairs"), **counts)
-
-
-def _readers(problem: Problem, arrays: ResultArrays, paths: ResultPaths) -> dict[str, RowReader]:
-    """The readers of `out` and `lse`. Raises IntegrityError where they are not the arrays of such a problem."""
-    shape = problem.out_shape
-    expected = {"out": (shape, problem.out_dtype), "lse": (shape[:3], "float32")}
-    for name, array in arrays.by_name.items():
-        found = (array.shape, array.dtype.name)
-        if found != expected[name]:
-            raise IntegrityError(
-                f"array {name!r} of {paths.result} is {found[1]} {list(found[0])}: expected {expected[name][1]} "
-                f"{list(expected[name][0])}, as its attributes say"
-            )
-    return {name: RowReader(name, array, str(paths.result)) for name, array in arrays.by_name.items()}
 
 
 def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:

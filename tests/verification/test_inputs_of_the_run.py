@@ -21,8 +21,8 @@ from oocattn.errors import IntegrityError
 from oocattn.storage.inputs.opening import open_inputs
 from oocattn.storage.inputs.values import sample
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.results.inputs_of_run import fingerprint_like
 from oocattn.storage.results.summary import ResultAttributes
-from oocattn.verification.identity import fingerprint_like
 
 TENSORS = normal_arrays(32, heads=2, kv_heads=2, dtype="float32", seed=3)
 
@@ -67,7 +67,7 @@ def test_one_number_decides_wherever_tensors_lie(kind: str, other: bool, results
     for where, result in results.items():
         recorded = ResultAttributes.read(ResultPaths.at(result)).dataset
         if other:
-            with pytest.raises(IntegrityError, match=r"is not what the run to r read: numbers of v differ\. Nothing was"):
+            with pytest.raises(IntegrityError, match=r"is not what the run to r read: numbers of v differ; name"):
                 fingerprint_like(dataset, recorded, "r")
         else:
             known = fingerprint_like(dataset, recorded, "r") == recorded.fingerprint

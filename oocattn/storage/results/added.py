@@ -129,14 +129,21 @@ def _consolidate(paths: ResultPaths, without: Collection[str] = ()) -> None:
 
 
 def open_added(paths: ResultPaths, names: Iterable[str]) -> dict[str, zarr.Array[Any]]:
-    """The arrays of these names, open for reading."""
+    """The arrays of these names, open for reading. Raises IntegrityError where chunks of one are missing."""
     store: Store
     if paths.stored is None:
         store, path = MappedStore(paths.folder, read_only=True), ""
     else:
         store, path = paths.stored.store, paths.stored.path
-    found = {name: open_array(store, f"{path}/{name}".lstrip("/"), str(paths.result)) for name in names}
-    return {name: array for name, array in found.items() if array is not None}
+    opened = {name: open_array(store, f"{path}/{name}".lstrip("/"), str(paths.result)) for name in names}
+    found = {name: array for name, array in opened.items() if array is not None}
+    for name, array in found.items():
+        if lost := array.nchunks - array.nchunks_initialized:
+            raise IntegrityError(
+                f"array {name!r} of {paths.result}: {lost:,} of {array.nchunks:,} chunks are missing, and Zarr reads them "
+                f"as 0; compute it again with {setting('overwrite', True)}"
+            )
+    return found
 
 
 def _replace_folder(paths: ResultPaths, made: Path, place: Path) -> None:

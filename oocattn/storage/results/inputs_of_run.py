@@ -1,4 +1,4 @@
-"""Whether the inputs that a verification reads are those that the run read."""
+"""Whether the inputs that are named for a result are those that its run read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fingerprint_like(dataset: Dataset, recorded: DatasetRecord, result: str) -> 
     if differing:
         raise IntegrityError(
             f"{dataset.location} is not what the run to {result} read: numbers of {in_words(differing)} "
-            f"differ. Nothing was verified; name the inputs of that run with {named('inputs')}, or compute a result of these"
+            f"differ; name the inputs of that run with {named('inputs')}, or compute a result of these"
         )
     return "-".join(found.values())
 
