@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -86,8 +87,8 @@ def verify(
     `progress` are its own, as of `attention`. The certificate is kept in the folder RESULT.oocattn, or of a Zarr store in
     `scratch`; where it cannot be, a warning says so.
 
-    Raises IntegrityError where there is no finished result, ProblemError where the dataset is not of the result's problem
-    and BudgetError, with the smallest budget that works.
+    Raises IntegrityError where there is no finished result, or inputs are known to be others than those of its run,
+    ProblemError where the dataset is not of the result's problem and BudgetError, with the smallest budget that works.
     """
     from oocattn.pipelines.watch.full_report import renew_full_report
 
@@ -116,28 +117,31 @@ def _certify(
 ) -> Certificate:
     """Verify a result with what was chosen of `verify`, after a proof of every row where one is asked for."""
     from oocattn.verification.beside import ProcessBeside  # `plan` needs neither
-    from oocattn.verification.certify import Examined, certify
+    from oocattn.verification.certify import Examined, certify, write_certificate
 
     found = result_at(paths)
     arrays = ResultArrays(found.out, found.lse)
     budget = default_host_memory() if host_memory is None else host_memory
+    verified = partial(certify, paths, arrays, host_memory=budget, **chosen)
     if proof is None:
         with keep_denormals():
-            return certify(paths, arrays, host_memory=budget, **chosen)
+            return write_certificate(verified(), paths)
     first = FirstPass.open(paths, arrays, chosen["inputs"], chosen["storage_options"])
     with ProcessBeside[Examined | None]() as beside, ExitStack() as passes:
         listener = _examine_meanwhile(beside, first, chosen, budget)
         try:
             compared = passes.enter_context(_every_row(first, proof, host_memory, carrying_out, listener))
-        except IntegrityError as error:  # of lse, perhaps, without which there are no weights
-            logger.warning("not every row was compared: %s", words_of(error))
+        except IntegrityError as error:
+            damage = error
+        else:
             with keep_denormals():
-                certificate = certify(paths, arrays, host_memory=budget, **chosen)
-            if certificate.failed:
-                return certificate
-            raise
-        with keep_denormals():
-            return certify(paths, arrays, host_memory=budget, all_rows=compared, beside=beside, **chosen)
+                return write_certificate(verified(all_rows=compared, beside=beside), paths)
+    with keep_denormals():  # without lse, which may be what is damaged, there are no weights
+        certificate = verified()
+    if not certificate.failed:
+        raise damage
+    logger.warning("not every row was compared: %s", words_of(damage))
+    return write_certificate(certificate, paths)
 
 
 def _examine_meanwhile(beside: ProcessBeside[Examined | None], first: FirstPass, chosen: Any, budget: int) -> Callback:
@@ -234,9 +238,10 @@ def survey(
     A pass that was cut off goes on when the same is asked for again. Another survey is refused until then, unless
     `overwrite` throws that pass away. `inputs` names them if they were moved, `host_memory` and `device_memory` bound what
     is held (default: half of the free memory), `kernel` is "weights", of the CPU, or "hopper-survey", and the options from
-    `time_limit` to `lock` are those of `attention`. Raises IntegrityError where there is no finished result,
-    ResultExistsError where it has such an array, or the pass of another survey, ProblemError where the dataset is not of
-    the result's problem or the kernel does not serve, and BudgetError.
+    `time_limit` to `lock` are those of `attention`. Raises IntegrityError where there is no finished result, inputs are
+    known to be others than those of its run, or arrays that are there have lost chunks, ResultExistsError where it has such
+    an array, or the pass of another survey, ProblemError where the dataset is not of the result's problem or the kernel does
+    not serve, and BudgetError.
     """
     named, until = None if inputs is None else parse_inputs(inputs), end_of(time_limit)
     carrying_out = Workplace(engine, client, dashboard_address), listeners_of(callbacks, progress), until

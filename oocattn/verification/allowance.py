@@ -56,11 +56,13 @@ class Allowances:
         unknown = errors.reach > matter  # keys that matter have errors that are not small
         steady = np.where(unknown, errors.largest_error, errors.systematic.total / den)
         of_out, of_lse = self._of_out(out, lse, den, share, size, keys), self._of_lse(lse, rise, den, steady, keys)
-        anything = 1.01 * (np.linalg.norm(out, axis=1) + share * errors.largest_value)  # out is a mean of values
+        # `out` is a mean of values, of which a sink takes a part, as far as that is known.
+        anything = 1.01 * (np.linalg.norm(out, axis=1) + np.where(unknown, 1.0, share) * errors.largest_value)
         of_out = np.minimum(np.where(unknown, np.inf, of_out), anything)
         overflows = (errors.largest_sum > 1) | (errors.lost > matter) | (size > OVERFLOW)
         of_out, of_lse = (np.where(overflows, np.inf, allowed) for allowed in (of_out, of_lse))
-        of_out, of_lse = np.where(empty | (share == 0), 0.0, of_out), np.where(empty, 0.0, of_lse)
+        of_out = np.where(empty | ((share == 0) & ~overflows & ~unknown), 0.0, of_out)
+        of_lse = np.where(empty, 0.0, of_lse)
         return Allowance(np.where(np.isnan(of_out), 0.0, of_out), np.where(np.isnan(of_lse), 0.0, of_lse))  # of rows of NaN
 
     def _of_out(

@@ -70,7 +70,7 @@ def certify(
     all_rows: AllRowsArrays | None = None,
     beside: ProcessBeside[Examined | None] | None = None,
 ) -> Certificate:
-    """Verify a finished result, and write its certificate beside it. The arguments are those of `oocattn.verify`.
+    """Verify a finished result; its certificate is not written yet. The arguments are those of `oocattn.verify`.
 
     `all_rows` is what a second pass over its pairs left: then every row is compared with that. `beside` may have begun an
     `Examination` with the same arguments; where there is none, or it is of another result, the result is examined here.
@@ -95,7 +95,7 @@ def certify(
         found = check_all_rows(second, all_rows, fitted.all_rows, result.weight_roundoff)
     certificate = replace(certificate or examine(), all_rows=found)
     result.require_same()
-    return _write_certificate(certificate, paths)
+    return certificate
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def _ledger(problem: Problem, paths: ResultPaths) -> Ledger | None:
     return Ledger(expected=expected, counted=counts.pop("pairs"), **counts)
 
 
-def _write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:
+def write_certificate(certificate: Certificate, paths: ResultPaths) -> Certificate:
     """The certificate, once it is on disk; where that cannot be, a warning says so."""
     texts = {
         CERTIFICATE_PAGE: certificate_page(certificate),

@@ -20,6 +20,8 @@ _NOT_COMPARED = math.nextafter(SUSPICIOUS, math.inf)  # of rows of NaN or Inf: s
 NEIGHBOURS = 64
 """Rows that show how large a row usually is. Blocks of rows have a multiple of them, so that they are the same in each."""
 
+FEW = 16  # rows of which a mean says little
+
 Bools = npt.NDArray[np.bool_]
 
 
@@ -59,12 +61,12 @@ class Judge:
         lse, total = piece.lse.astype(np.float64), np.exp(piece.passed_lse, dtype=np.float64)
         rows = QueryTerms(piece.norms, lse, self._alibi(piece, ranges), 0.0 if sink is None else abs(sink))
         relative = relative_noise(self.problem, rows, keys) + self.weights.relative
-        expected = np.ones(1) if sink is None else -np.expm1(sink - lse)
         differences, squares, of_passed, variance = sums.compare(piece.out, piece.passed)
-        usual = _usual_square(of_passed, keys.value_square * expected.clip(0.0, 1.0) ** 2 / np.maximum(attended, 1))
+        usual = _usual_square(of_passed, keys.value_square * total.clip(0.0, 1.0) ** 2 / np.maximum(attended, 1))
         np.maximum(squares, of_passed, out=squares)
         variance += (self.weights.variance + relative**2) * np.maximum(squares, usual)
         differences /= np.sqrt(variance)
+        expected = 1.0 if sink is None else -np.expm1(sink - lse)
         sigmas: Array64 = np.maximum(differences, np.abs(total - expected) / relative)
         comparable = np.isfinite(sigmas) & np.isfinite(relative)
         if not comparable.all():
@@ -103,14 +105,15 @@ class Judge:
 
 
 def _usual_square(squares: Array64, of_values: Array64) -> Array64:
-    """The square of the norm that rows of `out` are as noisy as [n]: by chance a row of few columns is small.
+    """The square of a norm that rows have usually [n]: by chance a row of few columns is small, and as noisy as others.
 
-    That of as many values of random signs, which are as large as those of all keys, `of_values` [n], where the mean of the
-    `squares` of neighbouring rows is not smaller: their values may be, or those that weigh most.
+    It is `of_values` [n], that of a mean of values of random signs which are as large as those of all keys. Where the mean
+    of the `squares` of neighbouring rows is smaller, so are their values, or those that weigh most: then it is that mean.
     """
     firsts = np.arange(0, len(squares), NEIGHBOURS)
-    means = np.add.reduceat(squares, firsts) / np.diff(firsts, append=len(squares))
-    found: Array64 = np.fmin(np.repeat(means, NEIGHBOURS)[: len(squares)], of_values)
+    rows = np.diff(firsts, append=len(squares))
+    means = np.where(rows < FEW, np.inf, np.add.reduceat(squares, firsts) / rows)
+    found: Array64 = np.fmin(np.repeat(means, rows), of_values)
     return found
 
 

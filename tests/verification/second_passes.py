@@ -21,7 +21,7 @@ from oocattn.verification.findings import AllRows
 from oocattn.verification.recompute import Tiles
 from oocattn.verification.rounding import UNIT_ROUNDOFF
 
-SIZES = {"block_rows": 100, "threads": 2, "key_rows": 90, "group_rows": 64}
+SIZES = {"block_rows": 128, "threads": 2, "key_rows": 90, "group_rows": 64}
 SEED = 3
 
 

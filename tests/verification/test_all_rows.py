@@ -20,7 +20,7 @@ from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 from oocattn.storage.results.summary import read_summary
 from oocattn.verification.all_rows import AllRowsArrays
-from oocattn.verification.certify import certify
+from oocattn.verification.certify import certify, write_certificate
 
 TOKENS, HEADS = 210, 4
 ASKED: dict[str, Any] = {"causal": True, "window_size": (99, 0), "heads": [0, 1, 3], "queries": (8, 200)}
@@ -52,7 +52,9 @@ def passed(finished: tuple[Path, AllRowsArrays]) -> AllRowsArrays:
 
 def certify_all(result: Path, passed: AllRowsArrays | None, **options: Any) -> Certificate:
     usual = {"rows": 8, "seed": 1, "inputs": None, "host_memory": 256 * MIB, "checksums": False}
-    return certify(ResultPaths.at(result), ResultArrays.open(result), **{**usual, **options}, all_rows=passed)
+    paths = ResultPaths.at(result)
+    found = certify(paths, ResultArrays.open(result), **{**usual, **options}, all_rows=passed)
+    return write_certificate(found, paths)
 
 
 def spoil(result: Path, head: int, row: int) -> None:

@@ -224,7 +224,7 @@ def test_rows_without_a_key_are_left_out_of_the_noise() -> None:
     assert found.noise > 1e-4
 
 
-@pytest.mark.parametrize("options", [{"block_rows": 7}, {"key_rows": 11}, {"group_rows": 1}, {"block_rows": 4096}])
+@pytest.mark.parametrize("options", [{"block_rows": 64}, {"key_rows": 11}, {"group_rows": 1}, {"block_rows": 4096}])
 def test_findings_do_not_depend_on_what_is_held_at_a_time(right: Attended, options: dict[str, int]) -> None:
     spoilt = right.spoilt(0, 0, out=2.0).spoilt(1, 299, out=2.0).spoilt(1, 8, lse=0.0)
     found, expected = spoilt.judge(**options), spoilt.judge()
@@ -241,7 +241,7 @@ def test_findings_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest
     bias = np.random.default_rng(0).standard_normal((1, 2, 300), np.float32)
     bias[:, 0, :20] = -np.inf
     spoilt = attend64((q, k, v), bias, causal=True).spoilt(0, 30, out=2.0).spoilt(1, 250, out=2.0).spoilt(1, 8, lse=0.0)
-    expected = spoilt.judge(threads=1, block_rows=40)
+    expected = spoilt.judge(threads=1, block_rows=64)
     read = StoredInMemory.read
 
     def read_slowly(self: StoredInMemory, batch: int, head: int, start: int, out: Any) -> None:
@@ -249,7 +249,7 @@ def test_findings_do_not_depend_on_the_threads(threads: int, monkeypatch: pytest
         read(self, batch, head, start, out)
 
     monkeypatch.setattr(StoredInMemory, "read", read_slowly)
-    assert spoilt.judge(threads=threads, block_rows=40) == expected
+    assert spoilt.judge(threads=threads, block_rows=64) == expected
     assert wrong_rows(expected) == {(0, 30), (1, 250), (1, 8)}
     assert expected.suspected == 43
 

@@ -20,7 +20,8 @@ class Checkpoints:
     """Saves a lane's partials twice in an interval of seconds (0: never); `fail` is called with an error that ends it.
 
     So a kill costs no more than one interval of work: what came since the last save began, or shortly before, and what is in
-    flight. Chunks that are begun, computed and written between two saves, as those of strips often are, are never saved.
+    flight. Chunks that are begun, computed and written between two saves, as those of strips often are, are never saved,
+    and a chunk whose last partial is in flight is not, either: it is finished next.
     """
 
     def __init__(self, partials: PartialStore, interval: float, fail: Callable[[BaseException], object]) -> None:

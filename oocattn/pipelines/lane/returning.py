@@ -23,14 +23,14 @@ class ReturningTiles:
 
     @contextmanager
     def all(self) -> Iterator[None]:
-        """Tiles are added inside; after it come no more, even where not all are there for an error."""
+        """Tiles are added inside. None come after it, also where an error has left some out."""
         try:
             yield
         finally:
             self._enqueued.put(None)
 
     def rows(self) -> Iterator[int]:
-        """Up to which row the chunk is in host memory, again and again."""
+        """Yield up to which row the chunk is in host memory, tile by tile."""
         while (tile := self._enqueued.get()) is not None:
             stop, returned = tile
             returned.synchronize()

@@ -7,6 +7,7 @@ that it is unfinished come before them. The consolidated metadata of the group a
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import uuid
@@ -137,12 +138,24 @@ def open_added(paths: ResultPaths, names: Iterable[str]) -> dict[str, zarr.Array
         store, path = paths.stored.store, paths.stored.path
     opened = {name: open_array(store, f"{path}/{name}".lstrip("/"), str(paths.result)) for name in names}
     found = {name: array for name, array in opened.items() if array is not None}
-    for name, array in found.items():
-        if lost := array.nchunks - array.nchunks_initialized:
-            raise IntegrityError(
-                f"array {name!r} of {paths.result}: {lost:,} of {array.nchunks:,} chunks are missing, and Zarr reads them "
-                f"as 0; compute it again with {setting('overwrite', True)}"
-            )
+    for name, lost in _lost_chunks(paths, found).items():
+        raise IntegrityError(
+            f"array {name!r} of {paths.result}: {lost:,} of {found[name].nchunks:,} chunks are missing, and Zarr reads them "
+            f"as 0; compute it again with {setting('overwrite', True)}"
+        )
+    return found
+
+
+def _lost_chunks(paths: ResultPaths, arrays: Mapping[str, zarr.Array[Any]]) -> dict[str, int]:
+    """How many chunks of arrays are not there, of those that have lost some."""
+    listed = None if paths.stored is None else frozenset(paths.stored.objects.list())
+    found = {}
+    for name, array in arrays.items():
+        chunks = itertools.product(*map(range, array.cdata_shape))
+        keys = (f"{name}/{array.metadata.encode_chunk_key(chunk)}" for chunk in chunks)
+        lost = sum(not (folders.is_taken(paths.folder / key) if listed is None else key in listed) for key in keys)
+        if lost:
+            found[name] = lost
     return found
 
 

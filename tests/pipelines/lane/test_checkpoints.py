@@ -1,4 +1,4 @@
-"""What is folded in memory is saved, and what was saved is continued; some of it is not saved."""
+"""What is folded in memory is saved where it is due, and what was saved is continued."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_a_chunk_that_is_done_with_by_the_next_save_is_never_saved(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_chunk_that_is_finished_next_is_saved_only_as_the_lane_ends(tmp_path: Path) -> None:
+def test_a_chunk_that_is_finished_next_is_not_saved_before_it_has_waited_for_that(tmp_path: Path) -> None:
     """A save would hold up its release, and the end of the run."""
     plan = plan_of()
     store, everyone = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)
@@ -213,7 +213,17 @@ def test_a_chunk_that_is_finished_next_is_saved_only_as_the_lane_ends(tmp_path: 
     assert not saving.is_alive()
     assert not store.save_pending(0, CHUNK)
     store.end(0, CHUNK, everyone[-1])
-    assert store.save(patient=True) == 0
+    assert store.save(patient=True, recent=60) == 0
+    time.sleep(0.05)
+    assert store.save(patient=True, recent=0.04) > 0  # it waits to be written for that long
+    assert folded(tmp_path) == [everyone]
+
+
+def test_a_chunk_that_has_all_is_saved_as_the_lane_ends(tmp_path: Path) -> None:
+    plan = plan_of()
+    store, everyone = store_of(plan, tmp_path), plan.division_of(0).contributors(CHUNK)
+    for position in range(len(everyone)):
+        fold(store, plan, position)
     assert store.save(patient=False) > 0
     assert folded(tmp_path) == [everyone]
 
@@ -225,8 +235,10 @@ def test_a_save_that_waits_is_over_when_what_it_waits_for_is_finished_next(tmp_p
         fold(store, plan, 0, chunk=chunk, ended=False)
     saving = threading.Thread(target=store.save, args=(True,), daemon=True)
     saving.start()
+    deadline = time.monotonic() + 20
     while not (waited := [chunk for chunk in everyone if store.save_pending(0, chunk)]):
         saving.join(0.01)
+        assert time.monotonic() < deadline
     other = ({*everyone} - {*waited}).pop()
     for position in range(1, len(everyone[other])):  # which nobody waits for: its partials go on to come
         fold(store, plan, position, chunk=other, ended=False)

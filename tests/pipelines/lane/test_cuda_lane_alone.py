@@ -117,7 +117,10 @@ def test_an_error_between_tiles_ends_the_lane(fast_path: Path, make_lane: MakeLa
     lane.stage(0, 0, 0)
     with pytest.raises(TaskError, match="no more"):
         lane.attend(0)
-    lane.close()
+    closing = threading.Thread(target=lane.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
 
 
 @pytest.mark.parametrize("awaited", [False, True])

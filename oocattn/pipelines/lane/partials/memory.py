@@ -19,14 +19,19 @@ Place = tuple[int, int]  # a head group and one of its query chunks
 
 @dataclass
 class _Fold:
-    """A chunk's accumulator, and the contributors started, folded and saved, and when the first began that is not saved."""
+    """A chunk's accumulator, and its `contributors`: how many there are, are started, folded and saved.
+
+    `unsaved_since` is when the first began that is not saved, `folded_at` when the last one ended.
+    """
 
     state: AttentionState
+    contributors: int
     started: int
     folded: int
     saved: int
     not_finite: int
     unsaved_since: float = 0.0
+    folded_at: float = 0.0
     save_pending: bool = False
     being_saved: bool = False
 
@@ -35,13 +40,23 @@ class _Fold:
         """True if nothing is being folded in."""
         return self.started == self.folded
 
+    @property
+    def ends(self) -> bool:
+        """True if the last contributor has begun: the chunk is written next."""
+        return self.started == self.contributors
+
+    @property
+    def oldest(self) -> float:
+        """Since when there is something to save, or a chunk that has all waits to be written."""
+        return self.folded_at if self.ends and self.idle else self.unsaved_since
+
 
 class MemoryPartials:
     """Each partial is folded into its chunk's accumulator, in order, so that a file says how many contributors it has.
 
     While an accumulator is being written nothing is folded into it, and where no other is left to be written, one that is
-    never idle is made so. One into which all have begun to be folded is written only as the lane ends: its chunk is finished
-    next. One thread begins partials; any may end them and save. Implements PartialStore.
+    never idle is made so, unless its last partial is in flight: then its chunk is finished next. One thread begins partials;
+    any may end them and save. Implements PartialStore.
     """
 
     def __init__(self, plan: Plan, files: PartialFiles, accumulators: States) -> None:
@@ -80,7 +95,8 @@ class MemoryPartials:
     def end(self, head_group: int, chunk: int, subproblem: int, sums: Sums = ()) -> int:
         written = self._files.write_sums(PartialId(head_group, chunk, (subproblem,)), sums)
         with self._changed:
-            self._folds[head_group, chunk].folded += 1
+            fold = self._folds[head_group, chunk]
+            fold.folded, fold.folded_at = fold.folded + 1, clock.now()
             self._changed.notify_all()
         return written
 
@@ -105,8 +121,8 @@ class MemoryPartials:
 
     def save(self, patient: bool, recent: float = 0.0) -> int:
         with self._changed:
-            unsaved = {place for place, fold in self._folds.items() if fold.saved < fold.started}
-            due = {place for place in unsaved if self._folds[place].unsaved_since <= clock.now() - recent}
+            before = clock.now() - recent
+            due = {place for place, fold in self._folds.items() if fold.saved < fold.started and fold.oldest <= before}
         written = 0
         while (place := self._next_due(due, patient)) is not None:
             due.remove(place)
@@ -141,34 +157,36 @@ class MemoryPartials:
                 self._files.remove(partial)
                 raise DamagedPartialError(words_of(error), *place, partial.subproblems[0]) from error
         with self._changed:
-            self._folds[place] = fold = _Fold(state, count, count, count, not_finite)
+            of_chunk = len(self._contributors(place))
+            self._folds[place] = fold = _Fold(state, of_chunk, count, count, count, not_finite)
         return fold
 
     def _next_due(self, due: set[Place], patient: bool) -> Place | None:
-        """An idle chunk among these, which are those still due afterwards; None where there is none, and none will come."""
-
-        def find_idle() -> Place | None:
-            due.intersection_update(self._folds)  # the others are written
-            if patient:  # these are finished next, which a save would hold up
-                due.difference_update([place for place in due if self._has_all(place)])
-            return next((place for place in due if self._folds[place].idle), None)
-
+        """An idle chunk of those that are `due`, which become fewer; None where there is none, and none will come."""
+        waited: _Fold | None = None
         with self._changed:
-            place = find_idle()
-            if patient and due and place is None:
+            while True:
+                self._drop_settled(due, patient)
+                place = next((place for place in due if self._folds[place].idle), None)
+                if place is not None or not due or not patient or self._stopped_waiting:
+                    break
                 busy = self._folds[next(iter(due))]
-                busy.save_pending = True
-                self._changed.wait_for(lambda: find_idle() or not due or self._stopped_waiting)
-                busy.save_pending = False
-                place = find_idle()
+                if waited is not None and waited is not busy:
+                    waited.save_pending = False
+                waited, busy.save_pending = busy, True
+                self._changed.wait()
+            if waited is not None:
+                waited.save_pending = False
             if place is not None:
                 self._folds[place].being_saved = True
             self._changed.notify_all()
             return place
 
-    def _has_all(self, place: Place) -> bool:
-        """Whether every partial of a chunk has at least begun to come."""
-        return self._folds[place].started == len(self._contributors(place))
+    def _drop_settled(self, due: set[Place], patient: bool) -> None:
+        """Leave out chunks that are written, and, while it is `patient`, those whose last partial is in flight."""
+        due.intersection_update(self._folds)
+        if patient:  # these are finished next, which a save would hold up
+            due.difference_update([place for place in due if self._folds[place].ends and not self._folds[place].idle])
 
     def _save(self, place: Place) -> int:
         fold = self._folds[place]

@@ -79,8 +79,9 @@ class PartialStore(Protocol):
     def save(self, patient: bool, recent: float = 0.0) -> int:
         """Have on disk what is in memory alone; return the bytes written.
 
-        A chunk with partials in flight as this begins is left out or, where the save is `patient`, waited for. One whose
-        partials that are in memory alone all began in the `recent` seconds is left out, too.
+        A chunk with partials in flight as this begins is left out or, where the save is `patient`, waited for, unless the
+        last of all is in flight: then it is finished next. A chunk whose partials that are in memory alone all began in the
+        `recent` seconds is left out, too, and one that has had all of them for less than that.
         """
 
     def stop_waiting(self) -> None:
