@@ -17,7 +17,7 @@ class Differences:
     """By how many standard deviations rows differ from a second pass. The `most` that differ most are kept.
 
     `worst` is the largest difference of rows that are not suspected; `noise` has the deviations of a number of the pass,
-    relative to the norm of the row, or to `least_length`, `lse_noise` those of lse. `worst_rows` are counted over all heads,
+    relative to the norm of the row, as `Judge` counts it, `lse_noise` those of lse. `worst_rows` are counted over all heads,
     and `open` are rows in which large errors may escape.
     """
 

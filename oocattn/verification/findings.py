@@ -116,7 +116,7 @@ class AllRows:
     `suspected` rows differ from it by more than rounding explains; the worst were `recomputed`, as a `RowCheck` each, and
     `wrong_rows` of these are wrong; `wrong` has the worst of them. Of `open` rows so much noise is allowed that an error of
     a tenth may escape. `worst` is the largest difference of the rows that are not suspected, in standard deviations of the
-    noise. `noise` is such a deviation relative to the norm of the row, or to `least_length`: half of the rows have less, and
+    noise. `noise` is such a deviation relative to the norm of the row, as `Judge` counts it: half of the rows have less, and
     of 100 rows 99 have less than `most_noise`; `lse_noise` is that of lse, absolute. `computed_by` has the kernel and the
     division of the pass, and `other` is True if these are other than the run's.
     """

@@ -21,6 +21,8 @@ NEIGHBOURS = 64
 """Rows that show how large a row usually is. Blocks of rows have a multiple of them, so that they are the same in each."""
 
 FEW = 16  # rows of which a mean says little
+CHANCE = 10.0
+"""How much smaller than usual a row of few columns may be by chance: up to there its errors are stated relative to that."""
 
 Bools = npt.NDArray[np.bool_]
 
@@ -80,7 +82,8 @@ class Judge:
             nothing &= (total[rest] == 0) & (lse[rest] == (-np.inf if sink is None else sink))
             sigmas[rest] = np.where(nothing, 0.0, np.inf)
         least = least_length(self.problem.out_dtype, self.problem.value_dim)
-        _count_noise(found, relative, variance, squares, comparable, least)
+        stated = np.maximum(squares, np.minimum(usual, CHANCE**2 * squares))
+        _count_noise(found, relative, variance, stated, comparable, least)
         return sigmas
 
     def _sink(self, query_head: int) -> float | None:
@@ -120,7 +123,7 @@ def _usual_square(squares: Array64, of_values: Array64) -> Array64:
 def _count_noise(
     found: Differences, relative: Array64, variance: Array64, squares: Array64, comparable: Bools, least: float
 ) -> None:
-    """Count the noise of rows that could be compared, relative to their norms or to the `least`, and of lse."""
+    """Count the noise of rows that could be compared, relative to roots of `squares` or to the `least`, and of lse."""
     if not comparable.all():
         relative, variance, squares = relative[comparable], variance[comparable], squares[comparable]
     nonzero = squares > 0
