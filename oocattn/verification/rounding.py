@@ -56,17 +56,6 @@ LARGEST = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120, "float32": 2.0**
 
 UNIT = UNIT_ROUNDOFF["float32"]
 
-
-def least_length(dtype: str, columns: int) -> float:
-    """The norm to which errors of shorter rows are relative: 200 roundings of numbers that are subnormal in their dtype."""
-    return 200 * subnormal_rounding(dtype, columns)
-
-
-def subnormal_rounding(dtype: str, columns: int) -> float:
-    """What rounding to subnormal numbers may change of a row, as a norm."""
-    return SMALLEST[dtype] / 2 * math.sqrt(columns)
-
-
 VARIANCE = 1 / 3  # the mean square of the rounding error of x, at most, in units of (u x)^2
 SIGMAS = 4.0  # standard deviations that are allowed of errors that vary
 FEW_WEIGHTS = 1.2
@@ -84,6 +73,16 @@ SCORE_OVERFLOW = 2.0**126
 LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
 REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
 _MOST_RAISED = 200.0  # of an exponent, above the largest score of a tile: neither sums nor their products overflow
+
+
+def least_length(dtype: str, columns: int) -> float:
+    """The norm to which errors of shorter rows are relative: 200 roundings of numbers that are subnormal in their dtype."""
+    return 200 * subnormal_rounding(dtype, columns)
+
+
+def subnormal_rounding(dtype: str, columns: int) -> float:
+    """What rounding to subnormal numbers may change of a row, as a norm."""
+    return SMALLEST[dtype] / 2 * math.sqrt(columns)
 
 
 def see_sinks(sums: ErrorSums, sinks: Array64) -> None:

@@ -128,3 +128,14 @@ def test_a_second_signal_ends_a_run_at_once(dataset, result):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=3.5) == -signal.SIGINT
+
+
+def test_a_command_that_has_ended_is_not_killed_by_the_warning_of_a_time_limit() -> None:
+    lines = (
+        "import atexit, os, signal, sys",
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGUSR1))",
+        "sys.argv = ['oocattn', '--version']",
+        "from oocattn.__main__ import run",
+        "raise SystemExit(run())",
+    )
+    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True).returncode == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,14 +110,3 @@ def test_a_pass_that_goes_on_keeps_the_budgets_of_now(result: Path, which: str, 
     with pytest.raises(BudgetError, match=f"{budget} = '1 KiB': the second pass that was begun takes"):
         PASSES[which](result, **{budget: "1KiB"})
     PASSES[which](result)
-
-
-def test_a_command_that_has_ended_is_not_killed_by_the_warning_of_a_time_limit() -> None:
-    lines = (
-        "import atexit, os, signal, sys",
-        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGUSR1))",
-        "sys.argv = ['oocattn', '--version']",
-        "from oocattn.__main__ import run",
-        "raise SystemExit(run())",
-    )
-    assert subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, capture_output=True).returncode == 0
