@@ -14,7 +14,8 @@ from oocattn.planning.options import MAX_CHUNKS
 from oocattn.problem.options import ProblemOptions
 from oocattn.problem.second_pass import MOST_POOLS, MOST_TOP
 from oocattn.storage.locations import output_path, parse_location
-from oocattn.storage.paths import STORE, ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state_folder import STORE
 
 
 def check_words(options: argparse.Namespace) -> None:

@@ -12,8 +12,9 @@ from oocattn.pipelines.questions import Questions
 from oocattn.pipelines.run import Run
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.origin import is_place, recorded_inputs
-from oocattn.storage.paths import STORE, SURVEY, ResultPaths
+from oocattn.storage.paths import SURVEY, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, shown_options
+from oocattn.storage.state_folder import STORE
 from oocattn.text import printable, shell_command
 
 _OTHERS = "  # with its other options, if it had any"

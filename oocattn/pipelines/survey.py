@@ -35,10 +35,11 @@ from oocattn.storage.files import folders
 from oocattn.storage.locations import output_path
 from oocattn.storage.make.create import Separator
 from oocattn.storage.metadata import describe_array
-from oocattn.storage.paths import ATTRIBUTES, STORE, SURVEY, ResultPaths
+from oocattn.storage.paths import ATTRIBUTES, SURVEY, ResultPaths
 from oocattn.storage.results.added import MARK, Added, add_arrays, missing, open_added, settle
 from oocattn.storage.results.locking import hold_lock, require_lock
 from oocattn.storage.results.summary import ResultAttributes
+from oocattn.storage.state_folder import STORE
 
 FORMAT = 1
 """Of the JSON document."""

@@ -27,8 +27,9 @@ from oocattn.storage.files.folders import is_folder, is_taken, remove_file, requ
 from oocattn.storage.files.operations import name_failure
 from oocattn.storage.files.regular import open_regular, read_exactly, read_file
 from oocattn.storage.journal.journal import read_header
-from oocattn.storage.locations import OpenResult, output_path, parse_location, resolve_path
+from oocattn.storage.locations import OpenResult, parse_location, resolve_path
 from oocattn.storage.nodes import group_attributes
+from oocattn.storage.state_folder import STORE, folder_of_store, folder_of_url
 
 if TYPE_CHECKING:  # Zarr takes half a second, and `status` of a local result does without
     from zarr.storage import StorePath
@@ -64,9 +65,6 @@ ResultLike: TypeAlias = "str | Path | Store | StorePath | OpenResult"
 
 LOCKS = ("auto", "none")
 """How runs to a result in a store keep away from each other: by its conditional put, or as the caller sees to it."""
-
-STORE = "store"
-"""As scratch: journal and partials are kept in the store of the result as well, so that another machine can resume."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,9 @@ class ResultPaths:
         mirrored = scratch == STORE
         if mirrored and result.beside is None:
             raise ProblemError(f"result: {result} takes nothing but the result: give a folder as {named('scratch')}")
-        if scratch is None or mirrored:
-            folder = stored.default_state(result, mirrored)
-        else:
-            folder = output_path(scratch, "scratch folder")
-        return cls(result, None if folder is None else resolve_path(folder), lock, mirrored)
+        of_process = result.is_of_this_process
+        folder = folder_of_store(result.name, scratch) if of_process else folder_of_url(str(result), scratch)
+        return cls(result, folder, lock, mirrored)
 
     @property
     def state(self) -> Path:
@@ -272,32 +268,6 @@ class ResultPaths:
     def beside(self) -> Objects | None:
         """The objects beside a result in a store; None where report and certificate are in the folder of job state."""
         return None if isinstance(self.result, Path) else self.result.beside
-
-
-def folder_beside_caller(name: str, mirrored: bool) -> Path:
-    """The folder of job state of a result that is in no folder, where the caller names none: in the current one.
-
-    A copy of what is in the store has a folder of its own, for it is replaced: no other run's is.
-    """
-    try:
-        return Path.cwd() / f"{name}.oocattn{'-store' if mirrored else ''}"
-    except FileNotFoundError:
-        raise ProblemError(
-            f"the current folder was removed: change to one that is there, or give {named('scratch')}"
-        ) from None
-
-
-def state_of_url(typed: object, scratch: str | Path | None) -> tuple[str, Path] | None:
-    """What messages call the result at a URL, and the folder here of its job state; without a look at the store.
-
-    None for what is no URL.
-    """
-    if not isinstance(typed, str) or (location := parse_location(typed, "result")).path is not None:
-        return None
-    name = str(location).rstrip("/")
-    if scratch is None or scratch == STORE:
-        return name, resolve_path(folder_beside_caller(name.rpartition("/")[2], scratch == STORE))
-    return name, resolve_path(output_path(scratch, "scratch folder"))
 
 
 def recorded_attributes(group: Path | StoredResult) -> dict[str, Any]:

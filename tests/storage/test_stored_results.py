@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from support import BESIDE, assert_same_bits, carry_out, plan_for
 
 import oocattn
 from oocattn.cli.main import main
-from oocattn.errors import IntegrityError, LockedError, ProblemError, ResultExistsError, TaskError
+from oocattn.errors import IntegrityError, LockedError, ProblemError, ResultExistsError, TaintedError, TaskError
 from oocattn.pipelines import failing
 from oocattn.storage.journal import store_lock
 from oocattn.storage.journal.store_lock import StoreLock
@@ -138,6 +139,55 @@ def test_what_others_have_put_there_is_refused_and_left(
         with pytest.raises(ResultExistsError):
             carry_out(plan_for(dataset, chunks=1), dataset, ResultPaths.at(url, storage_options=s3), overwrite=overwrite)
     assert objects_in(s3, name) == before
+
+
+def test_what_others_put_there_while_it_grows_stays_when_it_is_discarded(
+    plan: oocattn.Plan, dataset: Path, s3: dict[str, Any]
+) -> None:
+    place, client = in_s3(s3), client_of(s3)
+    name = str(place["result"]).rpartition("/")[2]
+    others = {"notes.txt", "mine/zarr.json", "out/mine.json"}
+
+    def disturb(event: oocattn.Event) -> None:
+        if event.kind == "staged":
+            for key in others:
+                client.put_object(Bucket=BUCKET, Key=f"{name}/{key}", Body=b"mine")
+            os.utime(dataset / "k" / "c" / "0" / "0" / "0" / "0")
+
+    with pytest.raises(TaintedError):
+        carry_out(plan, dataset, paths_of(place), callbacks=[disturb])
+    assert {key.partition("/")[2] for key in objects_in(s3, f"{name}/")} == others
+
+
+@pytest.mark.parametrize("scratch", [None, "store"])
+def test_results_of_the_same_name_have_job_state_of_their_own(
+    scratch: str | None, plan: oocattn.Plan, dataset: Path, s3: dict[str, Any], right: oocattn.Result
+) -> None:
+    number = next(NUMBERS)
+    one, other = ({"result": f"s3://{BUCKET}/{of}{number}/out.zarr", "storage_options": s3} for of in ("x", "y"))
+    kept = {"scratch": scratch} if scratch else {}
+    begin(plan, dataset, {**one, **kept})
+    assert oocattn.status(**other, **kept).state == "none"
+    assert_same_bits(carry_out(plan, dataset, paths_of({**other, **kept})), right)
+    left = oocattn.status(**one, **kept)
+    assert left.state == "interrupted"
+    assert "EnoughError" in left.error
+    assert "was killed" not in str(left)
+    assert_same_bits(oocattn.resume(**one, **kept, engine="inline"), right)
+
+
+def test_a_folder_with_the_job_state_of_another_result_is_refused(
+    plan: oocattn.Plan, dataset: Path, s3: dict[str, Any], here: Path, right: oocattn.Result
+) -> None:
+    one, other = ({**in_s3(s3), "scratch": here / "shared"} for _ in range(2))
+    begin(plan, dataset, one)
+    for call in (oocattn.status, oocattn.resume):
+        with pytest.raises(ResultExistsError, match=f"holds the job state of {one['result']}"):
+            call(**other)
+    with pytest.raises(ResultExistsError, match="give another folder"):
+        oocattn.attention(dataset, **other, overwrite=True)
+    assert_same_bits(oocattn.resume(**one, engine="inline"), right)
+    assert_same_bits(carry_out(plan, dataset, paths_of(other)), right)  # the folder is free again
 
 
 def test_a_run_of_another_folder_is_refused_unless_it_is_to_be_replaced(

@@ -13,6 +13,7 @@ from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Holder
 from oocattn.storage.journal.lock import lock_holder
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state_folder import known_folder_id
 
 
 @contextmanager
@@ -47,7 +48,6 @@ def run_elsewhere(paths: ResultPaths) -> dict[str, Any]:
 def _holder_in_store(paths: ResultPaths) -> Holder | None:
     """Who holds the lock in the store of a result, or left it behind; None also for a run that died in the folder here."""
     from oocattn.storage.journal.store_lock import store_lock_holder
-    from oocattn.storage.results.marks import known_folder_id
 
     if paths.beside is None:
         return None

@@ -15,6 +15,7 @@ from oocattn.pipelines.again import how_to_resume
 from oocattn.pipelines.finished import scan_completed
 from oocattn.pipelines.run import Run, find_unfinished
 from oocattn.pipelines.schedule import Schedule
+from oocattn.pipelines.watch.attempts import read_attempts
 from oocattn.pipelines.watch.elsewhere import run_elsewhere, seen_from_here
 from oocattn.pipelines.watch.report import read_report
 from oocattn.pipelines.watch.status_record import Status, tokens_of
@@ -24,9 +25,10 @@ from oocattn.storage.files.durable import read_json
 from oocattn.storage.files.folders import is_folder
 from oocattn.storage.journal.claims import Holder
 from oocattn.storage.journal.lock import holder_silence, lock_holder
-from oocattn.storage.paths import LOCK, STATUS, ResultLike, ResultPaths, state_of_url
+from oocattn.storage.paths import LOCK, STATUS, ResultLike, ResultPaths
 from oocattn.storage.remote.options import StorageOptions, parse_options
 from oocattn.storage.results.summary import read_summary
+from oocattn.storage.state_folder import state_of_url
 
 MOST_BYTES = 1 << 20  # of the file
 
@@ -124,8 +126,8 @@ def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
             if not unfinished:
                 raise
             logger.warning("%s; the bytes and the rate of the run are not known", error)
-        if last is None and unfinished:
-            last = Status("interrupted")  # killed before it was written
+        if last is None and unfinished:  # killed before it was written, or it was written elsewhere
+            last = Status("interrupted", error=_last_words(paths))
     if last is None:
         recorded = paths.attributes() or {}
         if "problem" in recorded:
@@ -138,6 +140,15 @@ def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
     else:
         last = replace(last, state="interrupted", dashboard="", stalled="")
     return replace(last, holder="" if holder is None else str(holder), result=str(paths.result))
+
+
+def _last_words(paths: ResultPaths) -> str:
+    """How the last attempt ended that has recorded its end; "" where it was killed, or nothing is known."""
+    with suppress(IntegrityError):
+        found = read_attempts(paths)
+        if found is not None and found.attempts:
+            return found.attempts[-1].words
+    return ""
 
 
 def _running_status(last: Status, holder: Holder, state: Path) -> Status:

@@ -52,6 +52,7 @@ _TRANSIENT_ERRNO = {
 _TRANSIENT_TYPES = {
     *("aiohttp.ClientPayloadError", "aiohttp.ServerConnectionError", "aiohttp.HttpProcessingError"),
     *("botocore.HTTPClientError", "botocore.IncompleteReadError", "aiobotocore.AioReadTimeoutError"),
+    "botocore.FlexibleChecksumError",
     *("azure.ServiceRequestError", "azure.ServiceResponseError"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError", "requests.ContentDecodingError"),
     *("google.TransportError", "gcsfs.ChecksumError", "urllib3.ProtocolError", "http.IncompleteRead"),

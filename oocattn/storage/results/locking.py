@@ -11,7 +11,7 @@ from oocattn.naming import setting
 from oocattn.storage.journal.claims import Claim, UndisputedClaim
 from oocattn.storage.journal.lock import FileLock
 from oocattn.storage.paths import ResultPaths
-from oocattn.storage.results.marks import folder_id, forget_folder
+from oocattn.storage.results.marks import forget_folder, id_of_folder
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def _store_lock(paths: ResultPaths, folder: Claim, until: float) -> Iterator[Cla
 
     require_lock(paths)
     assert paths.beside is not None
-    with StoreLock(paths.beside, folder_id(paths.state), until) as beside:
+    with StoreLock(paths.beside, id_of_folder(paths), until) as beside:
         yield BothClaims(folder, beside.claim)
 
 

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
-import uuid
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated
 
 from oocattn.errors import IntegrityError
 from oocattn.naming import named, setting
 from oocattn.records import ADDED, Excerpt, from_json
-from oocattn.storage.files.durable import read_json, write_text
 from oocattn.storage.files.folders import is_folder, remove_file
-from oocattn.storage.paths import STORE, ResultPaths
+from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state_folder import FOLDER_ID, STORE, folder_id, known_folder_id
 from oocattn.text import printable
 
 MARK = "run.json"
-
-FOLDER_ID = "folder.json"
-"""Tells a folder of job state from every other: that a lock or a mark in a store is of this one."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +32,16 @@ class Mark(Excerpt):
     lock: Annotated[str, ADDED] = "auto"
 
 
+def id_of_folder(paths: ResultPaths) -> str:
+    """The identity of the folder of job state, which records whose it is. Its lock is held."""
+    stored = paths.stored
+    return folder_id(paths.state, "" if stored is None or stored.is_of_this_process else str(stored))
+
+
 def make_mark(paths: ResultPaths, growing: str) -> None:
     """Mark the place of a result as that of the run with this growing result."""
     place = STORE if paths.mirrored else str(paths.state)
-    mark = Mark(growing, folder_id(paths.state), place, socket.gethostname(), paths.lock_kind)
+    mark = Mark(growing, id_of_folder(paths), place, socket.gethostname(), paths.lock_kind)
     paths.save({MARK: json.dumps(asdict(mark))})
 
 
@@ -75,23 +75,6 @@ def describe_mark(mark: Mark) -> str:
     if mark.state == STORE:
         return f"in the store ({setting('scratch', STORE)})"
     return printable(f"in {mark.state} on host {mark.host} ({named('scratch')})")
-
-
-def folder_id(state: Path) -> str:
-    """The identity of a folder of job state, given to it at the first call. The folder's lock is held."""
-    found = known_folder_id(state)
-    if not found:
-        found = uuid.uuid4().hex
-        write_text(state / FOLDER_ID, f'{{"id": "{found}"}}')
-    return found
-
-
-def known_folder_id(state: Path) -> str:
-    """The identity of a folder of job state; "" where it has none."""
-    with suppress(IntegrityError):
-        found = (read_json(state / FOLDER_ID) or {}).get("id")
-        return found if isinstance(found, str) else ""
-    return ""
 
 
 def forget_folder(paths: ResultPaths) -> None:

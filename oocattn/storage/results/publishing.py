@@ -69,8 +69,7 @@ class Publication:
         objects = self.stored.objects
         make_mark(self.paths, growing.name)
         objects.remove(_METADATA)  # half a result is never seen
-        for key in objects.list():
-            objects.remove(key)
+        self._remove_ours()
         self._write_arrays(growing)
 
     def resume(self, growing: Path) -> None:
@@ -119,9 +118,13 @@ class Publication:
 
     def discard(self) -> None:
         """Remove what the run has written."""
-        for key in self.stored.objects.list():
-            self.stored.objects.remove(key)
+        self._remove_ours()
         self.paths.forget(MARK)
+
+    def _remove_ours(self) -> None:
+        """Remove the objects of a result; what others have put between them meanwhile stays."""
+        for key in filter(_OURS.fullmatch, self.stored.objects.list()):
+            self.stored.objects.remove(key)
 
     def _write(self, growing: Path, key: str) -> None:
         self.stored.objects.write(key, _content(growing, key))

@@ -12,7 +12,6 @@ import itertools
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,7 +19,6 @@ from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError
 from oocattn.storage.locations import Location, describe, parse_location
-from oocattn.storage.paths import folder_beside_caller
 from oocattn.storage.remote.objects import Objects
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.remote.store import RemoteStore, open_remote, unwrapped_files
@@ -182,8 +180,3 @@ def _in_store(given: Store | StorePath) -> StoredResult:
         remote = RemoteStore.of_files(store.fs, root, url, read_only=store.read_only)
         return StoredResult(remote, remote.location)
     return StoredResult(store, f"{describe(store)}{f' at {path}' if path else ''}", path)
-
-
-def default_state(stored: StoredResult, mirrored: bool) -> Path | None:
-    """The folder of job state where the caller names none: called after the result, in the current folder."""
-    return folder_beside_caller(stored.name, mirrored) if stored.name else None

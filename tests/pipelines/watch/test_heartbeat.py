@@ -23,6 +23,7 @@ from oocattn.storage.journal import lock
 from oocattn.storage.journal.claims import Holder
 from oocattn.storage.journal.lock import FileClaim, FileLock
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state_folder import folder_of_url
 
 
 @pytest.fixture
@@ -193,7 +194,8 @@ def test_the_status_of_a_live_run_to_a_url_is_told_without_its_store(
 
     monkeypatch.chdir(fast_path)
     monkeypatch.setattr(ResultPaths, "at", ask)
-    state = fast_path / {"elsewhere": "elsewhere", "store": "out.zarr.oocattn-store"}.get(scratch or "", "out.zarr.oocattn")
+    state = folder_of_url("s3://bucket/folder/out.zarr", scratch)
+    assert state.parent == fast_path
     state.mkdir()
     (state / "status.json").write_text(json.dumps(asdict(Status("running", 10, 3, pairs=100, pairs_done=34))))
     with FileLock(state / "lock"):
