@@ -9,15 +9,18 @@ This process is the driver, with the scheduler. It holds no data and may run on 
     python examples/slurm.py s3://bucket/qkv.zarr s3://bucket/out.zarr --time-limit 23h50m
     if [ $? -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 
-It ends with exit code 75 when the time limit is reached, with all work saved. The same command continues the run. Workers
-that are preempted hand over what they have done, and are used again when Slurm has requeued their jobs. Inputs, result and
-job state are in an object store, or at paths that all nodes share; certificates are made for the cluster, in --shared.
+It waits in the queue for all jobs, or for as many as --start-with says: the plan is made for those that are there then. It
+ends with exit code 75, all work saved, when the time limit is reached or when Slurm has taken all jobs away and starts none
+for two minutes. The same command continues the run. Workers that are preempted hand over what they have done, and are used
+again when Slurm has requeued their jobs. Inputs, result and job state are in an object store, or at paths that all nodes
+share; certificates are made for the cluster, in --shared.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +31,8 @@ from distributed.deploy.cluster import Cluster
 import oocattn
 from oocattn.units import parse_duration
 
-TIME_LIMIT_REACHED = 75
-"""The exit code after which the same command is to be given again, as that of `oocattn run`."""
+GO_ON_LATER = 75
+"""The exit code after which the same command is to be given again, as that of `oocattn run` at its time limit."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -38,6 +41,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("inputs", help="path or URL of the dataset")
     parser.add_argument("result", help="path or URL of the result")
     parser.add_argument("--jobs", type=int, default=4, help="the most jobs, of one worker each (default: 4)")
+    parser.add_argument("--start-with", type=int, help="jobs to wait for before the run begins (default: all)")
     parser.add_argument("--cores", type=int, default=8, help="cores of a job (default: 8)")
     parser.add_argument("--memory", default="32GiB", help="memory of a job; half of it is the run's budget on each node")
     parser.add_argument("--queue", help="Slurm's partition")
@@ -68,15 +72,17 @@ def make_cluster(asked: argparse.Namespace) -> SLURMCluster:
 def compute(cluster: Cluster, asked: argparse.Namespace) -> oocattn.Result:
     """Compute causal attention on up to so many jobs of a cluster, or go on with it."""
     cluster.adapt(minimum=asked.jobs, maximum=asked.jobs)  # jobs that end are submitted again
-    half = oocattn.units.parse_size(asked.memory) // 2
+    half, began = oocattn.units.parse_size(asked.memory) // 2, time.monotonic()
     with Client(cluster) as client:
+        client.wait_for_workers(asked.start_with or asked.jobs, timeout=asked.time_limit)
+        left = asked.time_limit and max(1.0, asked.time_limit - (time.monotonic() - began))
         return oocattn.attention(
             asked.inputs,
             asked.result,
             causal=True,
             host_memory=half,
             scratch="store" if "://" in asked.result else None,
-            time_limit=asked.time_limit,
+            time_limit=left,
             client=client,
         )
 
@@ -87,9 +93,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with make_cluster(asked) as cluster:
             print(compute(cluster, asked).report)
-    except oocattn.TimeLimitError as error:
+    except (oocattn.TimeLimitError, oocattn.WorkerLostError, TimeoutError) as error:
         print(error, file=sys.stderr)
-        return TIME_LIMIT_REACHED
+        return GO_ON_LATER
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from distributed import LocalCluster
@@ -66,8 +68,13 @@ def test_the_slurm_example_ends_at_its_limit_and_continues(
 
     monkeypatch.setattr(slurm, "make_cluster", local)
     asked = [str(inputs), str(result), "--jobs", "2"]
-    assert slurm.main([*asked, "--time-limit", "0.1s"]) == slurm.TIME_LIMIT_REACHED == 75
-    assert "time limit reached" in capsys.readouterr().err
+    assert slurm.main([*asked, "--time-limit", "0.1s"]) == slurm.GO_ON_LATER == 75  # in the queue, or just after it
+    assert re.search("workers arrived after|time limit reached", capsys.readouterr().err)
+    for error in (oocattn.TimeLimitError("limit"), oocattn.WorkerLostError("lost")):
+        with monkeypatch.context() as patched:
+            patched.setattr(oocattn, "attention", Mock(side_effect=error))
+            assert slurm.main([*asked, "--start-with", "1"]) == 75
+        assert capsys.readouterr().err == f"{error}\n"
     assert slurm.main(asked) == 0
     assert oocattn.verify(result, rows=8).passed
 

@@ -103,7 +103,11 @@ class Attempt:
 
     def _open_lanes(self) -> None:
         with naming(SET_UP), self._prefer_worker_lost():
-            self._wait_for(self._lanes.open())
+            opening = self._lanes.open()
+            while not opening.done():
+                self._wait(opening, PROGRESS_SECONDS)
+                self._check_workers()  # for one that has died Dask would wait half a minute
+            opening.result()
         self._standstill.begin()
 
     def _run_to_completion(self) -> None:
@@ -235,10 +239,14 @@ class Attempt:
     def _wait_for(self, call: Future[T]) -> T:
         """What a call returns that waits for workers or the scheduler, and may hang."""
         while not call.done():
-            seconds = self._check_time()
-            with self._waiting(seconds):
-                wait([call], timeout=seconds)
+            self._wait(call)
         return call.result()
+
+    def _wait(self, call: Future[T], most: float = WORKER_CHECK_SECONDS) -> None:
+        """Wait for a call, for so many seconds at most."""
+        seconds = min(most, self._check_time())
+        with self._waiting(seconds):
+            wait([call], timeout=seconds)
 
     @contextmanager
     def _waiting(self, most: float) -> Iterator[None]:

@@ -16,6 +16,7 @@ from distributed import Client, LocalCluster
 from distributed.worker import Worker
 from interrupting import interrupted, kill_at, uninterrupted
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
+from worker_processes import cluster_of, command, start
 
 import oocattn
 from oocattn import Event, TimeLimitError, clock
@@ -205,12 +206,54 @@ def lanes_on(dask_worker: Worker) -> int:
     return sum(isinstance(plugin, LanePlugin) for plugin in dask_worker.plugins.values())
 
 
-def test_lanes_of_a_driver_that_was_killed_are_closed_by_the_next(dataset: Path, result: Path, client: Client) -> None:
+def wait_until_lanes_are_closed(workers: Client) -> None:
+    began = time.monotonic()
+    while any(workers.run(lanes_on).values()):
+        assert time.monotonic() - began < 20
+        time.sleep(0.1)
+
+
+def test_lanes_are_closed_where_the_client_of_the_driver_is(dataset: Path, result: Path) -> None:
+    with processes(1) as workers, Client(workers.scheduler.address, set_as_default=False) as other:
+
+        def close(event: Event) -> None:
+            if event.kind == "attended" and other.status == "running":
+                other.close()
+
+        with pytest.raises(oocattn.WorkerLostError):
+            carry_out(plan_for(dataset, chunks=7, causal=True), dataset, result, other, callbacks=[close])
+        wait_until_lanes_are_closed(workers)
+
+
+def test_a_worker_that_dies_before_it_has_a_lane_is_not_waited_for(
+    dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, open_lanes = plan_for(dataset, chunks=7, causal=True, lanes=2), DaskLanes.open
+    with cluster_of(2) as (workers, ending):
+        for _ in range(2):
+            start(ending, command(workers.scheduler.address))
+        workers.wait_for_workers(2)
+        doomed = [next(iter(workers.run(os.getpid).values()))]
+
+        def kill_one(lanes: DaskLanes) -> object:
+            if doomed:
+                os.kill(doomed.pop(), signal.SIGKILL)
+                time.sleep(0.05)
+            return open_lanes(lanes)
+
+        monkeypatch.setattr(DaskLanes, "open", kill_one)
+        recorder, began = Recorder([]), clock.now()
+        found = carry_out(plan, dataset, result, workers, callbacks=[recorder])
+    assert recorder.of("attended")[0].start - began < 20
+    assert_same_bits(found, uninterrupted(plan, dataset))
+
+
+def test_lanes_of_a_driver_that_was_killed_are_closed(dataset: Path, result: Path, client: Client) -> None:
     options = {"causal": True, "chunks": 7, "kernel": "cpu"}
     right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
     with processes(1) as workers:
         assert warm.script(DRIVE, workers.scheduler.address, str(dataset), str(result)).wait() == -signal.SIGKILL
         assert oocattn.status(result).state == "interrupted"
-        assert list(workers.run(lanes_on).values()) == [1]
+        wait_until_lanes_are_closed(workers)
         assert_same_bits(oocattn.resume(result, client=workers), right)
         assert list(workers.run(lanes_on).values()) == [0]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task as DaskTask
@@ -36,6 +37,7 @@ from oocattn.pipelines.engines.base import (
     collect_answers,
     warn_of_failure,
 )
+from oocattn.pipelines.engines.dask.abandoned import follow_lanes, leave_lanes
 from oocattn.pipelines.engines.dask.beats import LaneBeats
 from oocattn.pipelines.engines.dask.cluster import (
     answer,
@@ -161,9 +163,10 @@ class DaskLanes(Lanes):
 
         async def open_lanes() -> None:
             try:
-                await self._client.run_on_scheduler(follow_groups, self._name, self._client.id)
+                for follow in (follow_lanes, follow_groups):
+                    await self._client.run_on_scheduler(follow, self._name, self._client.id)
             except Exception as error:  # whatever a scheduler that lacks oocattn raises: the run does without
-                logger.info("Dask's page of task groups may be wrong: %s", error)
+                logger.info("Dask's page of task groups may be wrong, and lanes stay where a driver dies: %s", error)
             await self._client.run(open_lane, *asked, workers=self.workers)
 
         return begin(self._client, open_lanes)
@@ -245,8 +248,9 @@ class DaskLanes(Lanes):
         workers = self._living_workers(seconds)
         self._ask(close_lane, workers, seconds, NOT_CLOSED)
         if workers:
-            with suppress(Exception):  # the scheduler is gone, or silent
-                answer(self._client, lambda: self._client.run_on_scheduler(leave_groups, self._name), seconds)
+            for leave in (leave_lanes, leave_groups):
+                with suppress(Exception):  # the scheduler is gone, or silent
+                    answer(self._client, partial(self._client.run_on_scheduler, leave, self._name), seconds)
         with suppress(Exception):  # the client is closed
             self._client.unsubscribe_topic(plugin_name(self._name))
 

@@ -7,6 +7,7 @@ ready take no part. What they are asked is in `readiness`.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from oocattn.kernels.arithmetic import combine
 from oocattn.pipelines.engines.base import Check
 from oocattn.pipelines.engines.dask.cluster import (
     ANSWER_SECONDS,
+    GONE_SECONDS,
     LEAST_ANSWER_SECONDS,
     ask_each,
     begin,
@@ -165,8 +167,11 @@ def _ask(
 ) -> dict[str, Any]:
     """A function's result, or error, on each worker that is still there; TimeoutError where one is silent."""
     calls = ask_each(client, workers, ANSWER_SECONDS, check, function, *arguments)
+    answers = {address: _answer_of(call) for address, call in calls.items()}
+    if any(isinstance(each, OSError) and not isinstance(each, TimeoutError) for each in answers.values()):
+        time.sleep(GONE_SECONDS)  # a connection broke: the scheduler may not have heard yet that its worker is gone
     there = living_workers(client) if calls else []
-    return {address: _answer_of(call) for address, call in calls.items() if address in there}
+    return {address: each for address, each in answers.items() if address in there}
 
 
 def _answer_of(call: Future[Any]) -> Any:

@@ -100,6 +100,11 @@ class LanePlugin(WorkerPlugin):
         self.stopped = True
         self.lane.stop()
 
+    def abandon(self) -> None:
+        """Begin no more tasks, and hand nothing over: the driver is gone."""
+        self.dismissed = True
+        self.stop()
+
     async def save(self) -> int:
         """Have on disk what the lane holds in memory alone; return the bytes."""
         async with self._saving:

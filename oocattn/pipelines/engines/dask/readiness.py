@@ -43,6 +43,7 @@ PACKAGES = ("oocattn", "torch", "zarr", "dask", "distributed")
 """Packages that compute or are sent: their versions must be the driver's."""
 
 SAME_DATA = "mount the same file system there, or copy the dataset to the same path with its times (rsync -a)"
+NETWORK = "give it the network and the credentials that it needs"
 SAME_SOFTWARE = "install there what is here, and restart it"
 
 
@@ -133,12 +134,13 @@ class WorkerState:
 async def inspect_worker(expected: Expectations, dask_worker: Worker) -> WorkerState:
     """Look at what a run needs, after closing stale lanes of the same result."""
     await close_stale_lanes(expected.result, expected.state, dask_worker)
-    dataset = await asyncio.wrap_future(begin_call(_look_at_dataset, expected.dataset))  # which may take seconds
     if expected.elsewhere is not None and not is_in_process(dask_worker.address):
-        looking, probe = begin_call(_look_at_store, Path(dask_worker.local_directory), expected.elsewhere), ""
-        result = await asyncio.wrap_future(looking)
+        looking = begin_call(_look_at_store, Path(dask_worker.local_directory), expected.elsewhere)
     else:
-        result, probe = await asyncio.wrap_future(begin_call(_look_at_state, expected.state, expected.claim))
+        looking = begin_call(_look_at_state, expected.state, expected.claim)
+    # Each takes seconds, and a minute where a store does not answer.
+    at_dataset = begin_call(_look_at_dataset, expected.dataset)
+    dataset, (result, probe) = await asyncio.gather(asyncio.wrap_future(at_dataset), asyncio.wrap_future(looking))
     return WorkerState(
         id=str(dask_worker.id),
         code=source_digest(),
@@ -161,9 +163,9 @@ def _look_at_dataset(dataset: Dataset) -> Fingerprints | str:
     except ElsewhereError as error:
         return words_of(error)
     except (OocattnError, OSError) as error:
-        return f"{words_of(error)}; {SAME_DATA}"
+        return f"{words_of(error)}; {SAME_DATA if dataset.paths else NETWORK}"
     except Exception as error:  # a remote file system has its own
-        return f"{type(error).__name__}: {error}; {SAME_DATA}"
+        return f"{type(error).__name__}: {error}; {SAME_DATA if dataset.paths else NETWORK}"
 
 
 def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
@@ -181,13 +183,13 @@ def _look_at_state(state: Path, claim: Claim) -> tuple[str, str]:
     return "", name
 
 
-def _look_at_store(folder: Path, claim: Claim) -> str:
-    """The reason why no job state can pass through a folder of the worker's own into the store, or ""."""
+def _look_at_store(folder: Path, claim: Claim) -> tuple[str, str]:
+    """The reason why no job state can pass through a folder of the worker's own into the store, or ""; no file."""
     try:
         claim.check(afresh=True)
     except (OocattnError, OSError) as error:
-        return f"cannot use the store of the result as it can be used here: {words_of(error)}"
-    return "" if os.access(folder, os.W_OK | os.X_OK) else f"cannot write to its folder {folder} (--local-directory)"
+        return f"cannot use the store of the result as it can be used here: {words_of(error)}", ""
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"cannot write to its folder {folder} (--local-directory)", ""
 
 
 def remove_probes(state: Path, names: Iterable[str]) -> list[str]:

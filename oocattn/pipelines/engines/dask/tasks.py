@@ -59,8 +59,7 @@ async def close_stale_lanes(result: str, state: Path, dask_worker: Worker) -> No
         if isinstance(plugin, LanePlugin) and (
             str(plugin.work.paths.result) == result or plugin.work.paths.state.is_relative_to(state)
         ):
-            plugin.dismissed = True
-            plugin.stop()
+            plugin.abandon()
             await dask_worker.plugin_remove(name)
     await end_watch(dask_worker)
 
