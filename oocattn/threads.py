@@ -118,19 +118,29 @@ class InOrder:
     """Lets threads through one after another, in the order of their turns: what they add up has the same bits each time."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changing = threading.Lock()
         self._next = 0
+        self._waiting: dict[int, threading.Event] = {}
+        """What each turn that is not there yet waits for: to wake all that wait for others would take Python's lock."""
 
     @contextmanager
     def turn(self, number: int) -> Iterator[None]:
         """Wait for a turn, counted from 0, and have the others wait while inside."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._next == number)
-            try:
-                yield
-            finally:
+        come = threading.Event()
+        with self._changing:
+            if number == self._next:
+                come.set()
+            else:
+                self._waiting[number] = come
+        come.wait()
+        try:
+            yield
+        finally:
+            with self._changing:
                 self._next += 1
-                self._changed.notify_all()
+                following = self._waiting.pop(self._next, None)
+            if following is not None:
+                following.set()
 
 
 def _work(calls: SimpleQueue[_Call | None], prepare: Callable[[], object]) -> None:

@@ -68,7 +68,7 @@ class RowGroup:
         self._problem, self._arrays, self._keys, self._weight_roundoff = problem, dataset.arrays, keys, weight_roundoff
         self.shared = shared
         self._heads = [query_head(problem, place) for place in shared.places]
-        self._repeats, self._in_order = Repeats(shared.attended.keys, problem.head_dim), InOrder()
+        self._repeats, self._in_order = Repeats(shared.attended.keys, problem.head_dim * problem.itemsize), InOrder()
         self._reading = threading.Lock()
         self._rows: Rows | None = None
 
@@ -80,7 +80,7 @@ class RowGroup:
         """The sums over a tile. Calls may run in several threads, but begin in the order of the tiles."""
         try:
             key = self._read("k", tile, memory)
-            equal = self._repeats.sort(key)
+            equal = self._repeats.sort(memory.raw(*key.shape))
         except BaseException:
             with self._in_order.turn(tile.number):  # those after it would wait without end
                 raise

@@ -137,7 +137,7 @@ def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int
     """Host memory, in bytes, to recompute `rows` rows by tiles of keys in so many threads."""
     members, dims = min(rows, GROUP_ROWS), problem.head_dim + problem.value_dim
     biases = 12 * min(problem.bias_heads, members)  # as read, and in float64
-    # float64, as read, masks; hashes; order and positions
+    # float64, as read, masks, and where some are not finite; order and positions
     tile = dims * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8 + biases
     terms = 0 if problem.is_plain else 2 * 8  # terms, and their rounding
     weights = members * (5 * 8 + 2 * 8 + 5 + terms)  # scores, weights and what errors they have; temporaries; masks

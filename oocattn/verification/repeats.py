@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 MOST_SLOTS = 1 << 20  # counts that are kept, at most. Where keys are many more, some that differ share a count.
-_HASHED = 1 << 15  # elements of keys that are hashed at a time: few enough for a core's own cache
+_HASHED = 1 << 15  # words of keys that are hashed at a time: few enough for a core's own cache
+_WORDS = (np.uint64, np.uint32, np.uint16)
 
 Int64s = npt.NDArray[np.int64]
 
@@ -32,23 +34,29 @@ class EqualKeys:
 
     def occurrences(self, before: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
         """Which occurrence of itself each key is: [n], 1 for the first, where `before` [runs] came before each run."""
+        shifts = before - self.first
+        place = np.ones(len(self.order), np.int64)  # summed up: of each key in its run, and what came before
+        place[self.first[1:]] += np.diff(shifts)
+        place[0] += shifts[0]
         found = np.empty(len(self.order))
-        found[self.order] = np.arange(1, len(self.order) + 1) + np.repeat(before - self.first, self.lengths)
+        found[self.order] = np.cumsum(place, out=place)  # np.repeat would hold Python's lock
         return found
 
 
 class Repeats:
-    """Counts the keys of one head, tile by tile, by a hash of their bits.
+    """Counts the keys of one head, rows of so many bytes, tile by tile, by a hash of their bits.
 
     Any thread may `sort` a tile at any time; tiles are counted in their order.
     """
 
-    def __init__(self, keys: int, head_dim: int) -> None:
+    def __init__(self, keys: int, row_bytes: int) -> None:
         self._counts = np.zeros(slots_for(keys), np.uint32)
-        self._factors = np.random.default_rng(0).integers(0, 1 << 64, head_dim, np.uint64) | np.uint64(1)
+        self._word = next(word for word in _WORDS if row_bytes % np.dtype(word).itemsize == 0)
+        words = row_bytes // np.dtype(self._word).itemsize
+        self._factors = np.random.default_rng(0).integers(0, 1 << 64, words, np.uint64) | np.uint64(1)
 
-    def sort(self, key: npt.NDArray[np.float64]) -> EqualKeys:
-        """Bring the keys [n, D] of a tile together by their slots."""
+    def sort(self, key: npt.NDArray[Any]) -> EqualKeys:
+        """Bring the keys [n, D] of a tile, as they are stored, together by their slots."""
         slots = (self._hash(key) >> np.uint64(65 - len(self._counts).bit_length())).astype(np.int64)
         bits = len(key).bit_length()
         placed = slots << bits | np.arange(len(key))
@@ -63,14 +71,12 @@ class Repeats:
         self._counts[found.slots] = before + found.lengths.astype(np.uint32)
         return before
 
-    def _hash(self, key: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
+    def _hash(self, key: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
         """A hash of each key [n, D]: [n]."""
-        bits, found = key.view(np.uint64), np.empty(len(key), np.uint64)
-        rows = max(1, _HASHED // key.shape[1])
-        buffer = np.empty((min(rows, len(key)), key.shape[1]), np.uint64)
+        words, found = key.view(self._word), np.empty(len(key), np.uint64)
+        rows = max(1, _HASHED // words.shape[1])
         for first in range(0, len(key), rows):
-            part = bits[first : first + rows]
-            mixed = np.right_shift(part, np.uint64(31), out=buffer[: len(part)])
-            np.bitwise_xor(part, mixed, out=mixed)  # a sign alone would reach the highest bit alone
-            np.einsum("nd,d->n", mixed, self._factors, out=found[first : first + len(part)])
+            part = words[first : first + rows].astype(np.uint64)
+            part ^= part >> np.uint64(31)  # a sign alone would reach the highest bit alone
+            np.einsum("nd,d->n", part, self._factors, out=found[first : first + len(part)])
         return found

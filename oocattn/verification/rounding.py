@@ -45,6 +45,7 @@ from oocattn.verification.error_sums import ErrorSums
 from oocattn.verification.products import dot, multiply, weigh
 
 Array64 = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
@@ -105,12 +106,12 @@ class TileErrors:
         rows, self._head_dim = query.shape
         self._scale, self._query = scale, query
         self._errors, self._variances, self._scratch = buffers
-        self._overflow: npt.NDArray[np.bool_] | None = None
+        self._overflow: Mask | None = None
+        self._hidden: Mask | None = None
+        self._finite = False
         self.sums = ErrorSums(rows, value_dim, weight_roundoff > UNIT)
 
-    def see_products(
-        self, key: Array64, occurrences: Array64, scores: Array64, hidden: npt.NDArray[np.bool_] | None
-    ) -> None:
+    def see_products(self, key: Array64, occurrences: Array64, scores: Array64, hidden: Mask | None) -> None:
         """Take the keys [n, D], which are overwritten, and their products with the queries, scaled: `scores` [rows, n].
 
         `occurrences` [n] says which occurrence of itself each key is. Rows attend all of the keys but those that are
@@ -122,13 +123,15 @@ class TileErrors:
         sizes *= self._scale
         multiply(self._query * self._query, np.multiply(key, key, out=key), out=variance)
         np.abs(scores, out=error)
-        masked = ~(np.isfinite(error) & np.isfinite(sizes))
-        self._hidden = np.broadcast_to(False, scores.shape) if hidden is None else hidden
-        masked |= self._hidden
-        for array in (error, variance, sizes):
-            np.copyto(array, 0.0, where=masked)
+        self._hidden, masked = hidden, hidden
+        if not (np.isfinite(error.max(initial=0.0)) and np.isfinite(sizes.max(initial=0.0))):
+            masked = ~(np.isfinite(error) & np.isfinite(sizes))
+            if hidden is not None:
+                masked |= hidden
+        if masked is not None:
+            for array in (error, variance, sizes):
+                np.copyto(array, 0.0, where=masked)
         self._overflow = self._see_sums(scores, sizes, masked)
-        del masked
         variance *= (self._head_dim / 6 + 2) * self._scale**2  # + 2: each product is rounded, and so is the scaled query
         variance += error * error * (self._head_dim / 3)
         variance *= VARIANCE * UNIT**2
@@ -141,7 +144,7 @@ class TileErrors:
         """Take the scores [rows, n] before they are capped: what they are off counts as steeply as tanh rises near them."""
         error, variance, rise = self._errors, self._variances, self._scratch
         np.abs(scores, out=rise)
-        rise -= self._off()
+        rise -= error + SIGMAS * np.sqrt(variance)
         np.maximum(rise, 0.0, out=rise)
         rise /= softcap
         np.tanh(rise, out=rise)
@@ -171,11 +174,15 @@ class TileErrors:
     def see_scores(self, scores: Array64) -> None:
         """Take the scores [rows, n], with all terms, -inf where masked."""
         error, variance, cut = self._errors, self._variances, self._scratch
-        masked = ~np.isfinite(scores)
-        for array in (error, variance):
-            np.copyto(array, 0.0, where=masked)
-        del masked
-        error[...] = self._off()
+        self._finite = bool(np.isfinite(scores.min(initial=0.0)) and np.isfinite(scores.max(initial=0.0)))
+        if not self._finite:
+            masked = ~np.isfinite(scores)
+            for array in (error, variance):
+                np.copyto(array, 0.0, where=masked)
+            del masked
+        np.sqrt(variance, out=variance)
+        variance *= SIGMAS
+        error += variance
         self.sums.largest_error = error.max(axis=1)
         if self._overflow is not None:
             self.sums.lost = np.where(self._overflow, scores + error, -np.inf).max(axis=1)
@@ -186,24 +193,21 @@ class TileErrors:
         cut /= SIGMAS
         np.multiply(cut, cut, out=variance)
 
-    def _off(self) -> Array64:
-        """All that each score may be off."""
-        off: Array64 = self._errors + SIGMAS * np.sqrt(self._variances)
-        return off
-
-    def _see_sums(self, scores: Array64, sizes: Array64, masked: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_] | None:
+    def _see_sums(self, scores: Array64, sizes: Array64, masked: Mask | None) -> Mask | None:
         """Take sum|q k| of each score; return which may overflow to -Inf. Their keys would weigh nothing."""
         largest = SCORE_OVERFLOW * min(1.0, self._scale)
         if sizes.max(initial=0.0) <= largest:
             return None
-        scores = np.where(masked, 0.0, scores)
+        scores = scores if masked is None else np.where(masked, 0.0, scores)
         np.maximum(self.sums.largest_sum, (sizes + scores).max(axis=1) / 2 / largest, out=self.sums.largest_sum)
-        overflow: npt.NDArray[np.bool_] = (sizes - scores) / 2 > largest
+        overflow: Mask = (sizes - scores) / 2 > largest
         return overflow
 
     def _see_overflow(self, bias: Array64) -> None:
         """Take terms that may overflow."""
-        large = (np.abs(bias) > SCORE_OVERFLOW) & np.isfinite(bias) & ~self._hidden
+        large = np.broadcast_to((np.abs(bias) > SCORE_OVERFLOW) & np.isfinite(bias), self._errors.shape)
+        if self._hidden is not None:
+            large = large & ~self._hidden
         self.sums.largest_sum[(large & (bias > 0)).any(axis=1)] = np.inf
         overflow = large & (bias < 0)
         self._overflow = overflow if self._overflow is None else self._overflow | overflow
@@ -223,20 +227,26 @@ class TileErrors:
         variance *= weights
         variance *= weights
         np.multiply(weights, scores, out=scratch)
-        np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
+        if not self._finite:
+            np.copyto(scratch, 0.0, where=~np.isfinite(scratch))
 
-    def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: npt.NDArray[np.bool_] | None) -> None:
+    def see_values(self, weights: Array64, value: Array64, lengths: Array64, hidden: Mask | None) -> None:
         """Take the values [n, Dv], all finite. Rows attend all of them but those that are `hidden` [rows, n]."""
         sums, squares = self.sums, lengths * lengths
         sums.square_of_values += dot(weights, squares)
         sums.systematic.add(self._errors, value, squares)
         sums.random.add(self._variances, value, squares)
         if sums.rounded is not None:
-            sums.rounded.add(self._coherence * weights * weights, value, squares)
+            of_weights = self._errors  # used up
+            np.multiply(self._coherence, weights, out=of_weights)
+            of_weights *= weights
+            sums.rounded.add(of_weights, value, squares)
         sums.slope += self._scratch.sum(axis=1)
         sums.slope_vector += weigh(self._scratch, value)
-        attended = self._scratch  # used up
-        np.copyto(attended, lengths)
+        largest: Array64 = lengths.max(initial=0.0)
         if hidden is not None:
+            attended = self._scratch  # used up
+            np.copyto(attended, lengths)
             np.copyto(attended, 0.0, where=hidden)
-        np.maximum(sums.largest_value, attended.max(axis=1), out=sums.largest_value)
+            largest = attended.max(axis=1)
+        np.maximum(sums.largest_value, largest, out=sums.largest_value)

@@ -146,8 +146,12 @@ class TileSoftmax:
 
     def add(self, value: Array64) -> TileSums:
         """Add the values [n, Dv] of the keys that were weighed, and return what comes of the tile."""
-        special = self._take_special(value)
-        lengths = np.sqrt(np.einsum("nd,nd->n", value, value))
+        lengths = np.einsum("nd,nd->n", value, value)
+        special = np.zeros((len(self._weights), value.shape[1]))
+        if not np.isfinite(lengths).all():
+            self._take_special(value, special)
+            np.einsum("nd,nd->n", value, value, out=lengths)
+        np.sqrt(lengths, out=lengths)
         num, size, den = np.zeros_like(special), np.zeros(len(special)), np.zeros(len(special))
         partial = []
         for keys, ends in self._tile.steps():
@@ -179,18 +183,15 @@ class TileSoftmax:
             scores += bias
             self._errors.see_bias(bias, scores)
 
-    def _take_special(self, value: Array64) -> Array64:
-        """The sums of NaN and Inf [rows, Dv], which become 0: where a row does not attend one, it stays out of that row."""
-        found = np.zeros((len(self._weights), value.shape[1]))
+    def _take_special(self, value: Array64, found: Array64) -> None:
+        """Sum NaN and Inf, which become 0, into `found` [rows, Dv]. A row has none of those that it does not attend."""
         special = ~np.isfinite(value)
-        if special.any():
-            of_special = np.flatnonzero(special.any(axis=1))
-            values = np.where(special[of_special], value[of_special], 0.0)
-            for row in range(len(found)):
-                met = slice(None) if self._hidden is None else ~self._hidden[row, of_special]
-                found[row] = weigh(self._weights[row : row + 1, of_special][:, met], values[met])[0]
-            value[special] = 0.0
-        return found
+        of_special = np.flatnonzero(special.any(axis=1))
+        values = np.where(special[of_special], value[of_special], 0.0)
+        for row in range(len(found)):
+            met = slice(None) if self._hidden is None else ~self._hidden[row, of_special]
+            found[row] = weigh(self._weights[row : row + 1, of_special][:, met], values[met])[0]
+        value[special] = 0.0
 
 
 class Softmax:
