@@ -18,15 +18,16 @@ DeviceType = Literal["cpu", "cuda"]
 SecondPasses = Literal["proofs", "surveys"]
 
 MAX_KEYS = 1 << 16  # the most keys to chain: beyond, the error of 16-bit matrix units grows
-_HOPPER_KEYS = 1 << 18  # our own begins new sums within a call. With 64K keys calls were launched late (NOTES.md)
+_LONG_KEYS = 1 << 18  # our own begins new sums within a call. With 64K keys calls were launched late (NOTES.md)
+_LONG_NUMBERS = 1 << 24  # of keys of few columns, at least: a call is over sooner than others are copied and launched
 
 
 class _Registration(NamedTuple):
     """A kernel's code, its type of device, and what it is.
 
     `default` says when it may be the default of its device, "precise": of precise runs alone. `second_passes` are those
-    that it is for; `rounds_weights` is that of its class, which is not imported for it. `max_keys` are the most keys to give
-    to one call, which is right beyond them, too.
+    that it is for; `rounds_weights` is that of its class, which is not imported for it. `long_calls` says whether calls of
+    more than `MAX_KEYS` are as exact, and faster.
     """
 
     module: str
@@ -35,18 +36,16 @@ class _Registration(NamedTuple):
     default: Literal["always", "precise", "never"] = "always"
     second_passes: tuple[SecondPasses, ...] = ()
     rounds_weights: bool = False
-    max_keys: int = MAX_KEYS
+    long_calls: bool = False
 
 
 _KERNELS = {  # of those that can serve, the first of its device type is the default: measured, hopper before cudnn
     "cpu": _Registration("oocattn.kernels.cpu", "CpuKernel", "cpu"),
     "reference": _Registration("oocattn.kernels.plain", "ReferenceKernel", "cpu", default="never"),
     "weights": _Registration("oocattn.kernels.weights", "WeightsKernel", "cpu", "never", ("proofs", "surveys")),
-    "hopper": _Registration(
-        "oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True, max_keys=_HOPPER_KEYS
-    ),
+    "hopper": _Registration("oocattn.kernels.cuda.hopper", "HopperKernel", "cuda", rounds_weights=True, long_calls=True),
     "hopper-precise": _Registration(
-        "oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise", max_keys=_HOPPER_KEYS
+        "oocattn.kernels.cuda.hopper", "HopperPreciseKernel", "cuda", default="precise", long_calls=True
     ),
     "hopper-weights": _Registration(
         "oocattn.kernels.cuda.hopper",
@@ -55,10 +54,10 @@ _KERNELS = {  # of those that can serve, the first of its device type is the def
         "never",
         ("proofs",),
         rounds_weights=True,
-        max_keys=_HOPPER_KEYS,
+        long_calls=True,
     ),
     "hopper-survey": _Registration(
-        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",), max_keys=_HOPPER_KEYS
+        "oocattn.kernels.cuda.hopper_survey", "HopperSurveyKernel", "cuda", "never", ("surveys",), long_calls=True
     ),
     "fa3": _Registration("oocattn.kernels.libraries.fa3", "Fa3Kernel", "cuda", rounds_weights=True),
     "cudnn": _Registration("oocattn.kernels.libraries.aten", "CudnnKernel", "cuda", rounds_weights=True),
@@ -86,9 +85,14 @@ def device_type(name: str) -> DeviceType:
     return _registration(name).device_type
 
 
-def max_keys(name: str) -> int:
-    """The most keys to give to one call of a kernel; ProblemError as above."""
-    return _registration(name).max_keys
+def takes_long_calls(name: str) -> bool:
+    """True if calls of a kernel are as exact, and faster, with more keys than `MAX_KEYS`; ProblemError as above."""
+    return _registration(name).long_calls
+
+
+def max_keys(name: str, head_dim: int) -> int:
+    """The most keys of so many columns to give to one call, which is right beyond them, too; ProblemError as above."""
+    return max(_LONG_KEYS, _LONG_NUMBERS // head_dim) if takes_long_calls(name) else MAX_KEYS
 
 
 def rounds_weights(name: str) -> bool:

@@ -22,13 +22,13 @@ from oocattn.kernels.intervals import make_intervals
 from oocattn.kernels.kernel import HALF_DTYPES
 from oocattn.kernels.merging import finalise, merge
 from oocattn.kernels.registry import (
-    MAX_KEYS,
     default_kernel,
     device_type,
     get_kernel,
     max_keys,
     require_kernel,
     rounds_weights,
+    takes_long_calls,
 )
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
@@ -95,7 +95,7 @@ def describe_hardware(
         scratch_bytes=get_kernel(name).scratch_bytes,
         device=device,
         half_rate_rows=half_rate_rows,
-        max_keys=max_keys(name),
+        max_keys=max_keys(name, problem.head_dim),
         rounds_weights=rounds_weights(name),
         lanes=lanes,
         machine_lanes=machine_lanes if machine_lanes < lanes else 0,
@@ -113,7 +113,7 @@ def describe_hardware(
 
 def cuda_sample(name: str, dtype: str) -> tuple[int, int]:
     """Rows and keys of a call by which a kernel is timed on a GPU: of a fast one more keys, or launches take longer."""
-    is_fast = max_keys(name) > MAX_KEYS and dtype in HALF_DTYPES
+    is_fast = takes_long_calls(name) and dtype in HALF_DTYPES
     return CUDA_SAMPLE, (4 if is_fast else 1) * CUDA_SAMPLE
 
 

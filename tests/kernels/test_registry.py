@@ -17,6 +17,7 @@ from oocattn.kernels.registry import (
     rounds_weights,
     second_pass_kernel,
     share_code,
+    takes_long_calls,
 )
 from oocattn.pins import Pins
 from oocattn.problem.calls import CallSize
@@ -88,9 +89,10 @@ def test_every_kernel_has_its_name_and_bounds():
             assert kernel.name == name
             assert kernel.shifted == (passes is not None)
             assert kernel.rounds_weights == rounds_weights(name)
-            assert max_keys(name) == (1 << 18 if name.startswith("hopper") else 1 << 16)
+            for head_dim, long in ((16, 1 << 20), (64, 1 << 18), (256, 1 << 18)):
+                assert max_keys(name, head_dim) == (long if name.startswith("hopper") else 1 << 16)
             assert kernel.scratch_bytes(CallSize(2, 1000, 1000, 64, 64, "float16")) > 0
-    for call in (get_kernel, device_type, max_keys):
+    for call in (get_kernel, device_type, takes_long_calls):
         with pytest.raises(ProblemError, match="'abacus' is not known: expected one of cpu, reference"):
             call("abacus")
 

@@ -59,7 +59,7 @@ gpus = st.builds(
         GPU,
         kernel=kernel,
         scratch_bytes=get_kernel(kernel).scratch_bytes,
-        max_keys=max_keys(kernel),
+        max_keys=max_keys(kernel, 64),
         lanes=lanes,
         measuring_bytes=measuring,
     ),
@@ -97,7 +97,10 @@ def test_the_smallest_budget_that_is_named_works_and_one_mebibyte_less_does_not(
 
 
 SURVEYING = replace(
-    GPU, kernel="hopper-survey", scratch_bytes=get_kernel("hopper-survey").scratch_bytes, max_keys=max_keys("hopper-survey")
+    GPU,
+    kernel="hopper-survey",
+    scratch_bytes=get_kernel("hopper-survey").scratch_bytes,
+    max_keys=max_keys("hopper-survey", 64),
 )
 
 

@@ -15,7 +15,7 @@ from oocattn.planning.plan import Link, Plan
 from oocattn.planning.plan_text import plan_text
 from oocattn.units import ceil_div
 
-HOPPER = replace(GPU, kernel="hopper", scratch_bytes=get_kernel("hopper").scratch_bytes, max_keys=max_keys("hopper"))
+HOPPER = replace(GPU, kernel="hopper", scratch_bytes=get_kernel("hopper").scratch_bytes, max_keys=max_keys("hopper", 64))
 SEVERAL = replace(HOPPER, lanes=4)
 DECODE: dict[str, Any] = {"causal": False, "rows_asked": (0, 1024)}
 

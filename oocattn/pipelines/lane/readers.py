@@ -49,7 +49,7 @@ class Readers:
     def __init__(self, count: int, ahead: int, step: Callable[[], None]) -> None:
         self._step = step
         self._threads = ThreadPool(count, "oocattn-read")
-        self._one_thread = count == 1
+        self._count = count
         self._decoding = threading.Lock()
         self._window = Window(ahead) if ahead else None
         self._ahead = ThreadPool(MOST_READS, "oocattn-ahead")
@@ -61,14 +61,34 @@ class Readers:
         """
         if self._window is not None and any(read.array.is_remote for read in reads):
             return self._read_ahead(reads, turn, self._window)
-        if self._one_thread:  # to hand over each read takes longer than a small one
+        if self._count == 1:  # to hand over each read takes longer than a small one
             return self._threads.submit(lambda: [self._read(read) for read in reads]).result()
-        return list(self._threads.map(self._read, reads))
+        return self._share_out(reads)
 
     def close(self) -> None:
         """Wait for all reads; no more begin."""
         self._threads.shutdown()
         self._ahead.shutdown()
+
+    def _share_out(self, reads: Sequence[Read]) -> list[ReadResult]:
+        """Have each thread take one read after another. To hand over each to a thread would take Python's lock."""
+        found, numbers, failed = dict[int, ReadResult](), iter(range(len(reads))), threading.Event()
+
+        def take() -> None:
+            try:
+                for number in numbers:
+                    if failed.is_set():
+                        break
+                    found[number] = self._read(reads[number])
+            except BaseException:
+                failed.set()
+                raise
+
+        taking = [self._threads.submit(take) for _ in range(min(self._count, len(reads)))]
+        wait(taking)  # none goes on into a slot that is used again
+        for each in taking:
+            each.result()
+        return [found[number] for number in range(len(reads))]
 
     def _read_ahead(self, reads: Sequence[Read], turn: int, window: Window) -> list[ReadResult]:
         """Begin reads as the window has room; those of a later turn begin when all of these have begun."""
