@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from oocattn.storage.results.arrays import ResultArrays
     from oocattn.storage.results.growing import GrowingResult, RunState
 
-FORMAT = 10
+FORMAT = 11
 """Of the journal and of what lies beside it; another one is not resumed. 3: machine and inputs of the plan, the name of the
 growing result, what computes. 4: what the dtype of `out` made Inf or 0. 5: the sum of the attended keys' indices. 6: the
-cost of small work on a CPU. 7: queries and keys apart, masks and scores of every kind. 8: tensors that lie apart. 9,
-10: costs on a GPU."""
+cost of small work on a CPU. 7: queries and keys apart, masks and scores of every kind. 8: tensors that lie apart. 9 to
+11: costs on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Amounts:
     @property
     def reads_in_pieces(self) -> float:
         """The same where several threads read, each so many bytes at a time."""
-        return max(self.reads, sum(self.staged) / READ_BYTES)
+        return max(self.reads, sum(self.staged) / READ_BYTES["cuda"])
 
     @cached_property
     def staged(self) -> tuple[float, float]:

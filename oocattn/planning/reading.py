@@ -22,6 +22,7 @@ from oocattn.storage.inputs.ahead import MOST_READS, Window, cut_at_multiples
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.held import lie_together
 from oocattn.storage.inputs.source import TensorSource
+from oocattn.storage.inputs.values import count_not_finite
 from oocattn.threads import ThreadPool
 from oocattn.units import format_bytes
 
@@ -30,7 +31,7 @@ SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast t
 SAMPLE_THREADS: dict[Device, int] = {"cpu": 4, "cuda": READERS["cuda"]}
 """Threads that read a sample, which is of as many places of an array."""
 
-PIECE_BYTES: dict[Device, int] = {"cpu": 2 << 20, "cuda": READ_BYTES}
+PIECE_BYTES: dict[Device, int] = {"cpu": 2 << 20, "cuda": READ_BYTES["cuda"]}
 """How much is read at each. Of smaller pieces from the page cache, the threads' turns at Python take longer than the
 reading: with four of them and 2 MiB, 4.4 GB/s were found where a run's bytes came in at 8.5 (H200 host)."""
 
@@ -72,29 +73,41 @@ class Rate(NamedTuple):
 
 
 def sample_rate(dataset: Dataset, device: Device) -> Rate:
-    """How fast directly read arrays come in for a lane on such a device, by several threads, sampled all over."""
+    """How fast directly read arrays come in for a lane on such a device, by several threads, sampled all over.
+
+    A GPU's readers look through them for NaN and Inf; on a CPU that is part of what bytes take of its cores.
+    """
     threads, piece = SAMPLE_THREADS[device], PIECE_BYTES[device]
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]
     if not arrays:
         return Rate(ASSUMED_RATE, from_disk=False)
     parts = threads * ROUNDS * FEW * (len(arrays) if lie_together(dataset.arrays) else 1)
-    buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-    for _ in range(threads):
-        buffers.put(np.ones(piece, np.uint8))  # touched
 
-    def read(sample: tuple[TensorSource, float]) -> int:
-        array, share = sample
+    def shape(array: TensorSource) -> tuple[int, int, int]:
+        """Heads, rows and columns of a sample."""
         batches, heads, tokens, head_dim = array.spec.four_dimensional
         row_bytes = head_dim * array.dtype.itemsize
         together = max(1, min(heads, array.shared_heads, piece // row_bytes))  # heads, as a run reads them
         few = tokens if together == 1 else max(1, tokens // parts)
         most = max(1, batches * heads * tokens // (threads * ROUNDS * together))  # or one sample would read what another has
-        rows = min(few, most, max(1, piece // (row_bytes * together)))
+        return together, min(few, most, max(1, piece // (row_bytes * together))), head_dim
+
+    taken = max(math.prod(shape(array)) * array.dtype.itemsize for array in arrays)
+    buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+    for _ in range(threads):
+        buffers.put(np.ones(taken, np.uint8))  # touched
+
+    def read(sample: tuple[TensorSource, float]) -> int:
+        array, share = sample
+        batches, heads, tokens, _ = array.spec.four_dimensional
+        together, rows, _ = of_sample = shape(array)
         start, first = int(share * (tokens - rows)), int(share * (heads - together + 1))
         buffer = buffers.get()
-        out = buffer[: together * rows * row_bytes].view(array.dtype).reshape(together, rows, head_dim)
+        out = buffer[: math.prod(of_sample) * array.dtype.itemsize].view(array.dtype).reshape(of_sample)
         try:
             array.read_heads(int(share * batches), range(first, first + together), start, start + rows, [*out])
+            if device == "cuda":
+                count_not_finite(out)
         finally:  # or the other reads would never end
             buffers.put(buffer)
         return out.nbytes

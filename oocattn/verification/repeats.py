@@ -8,16 +8,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-MOST_SLOTS = 1 << 20  # counts that are kept, at most. Where keys are many more, some that differ share a count.
+USUAL_SLOTS, MOST_SLOTS = 1 << 20, 1 << 26
+"""Counts that are kept, at most, as memory is scarce or not. Where keys are many more, those that differ share a count: then
+more error is allowed of them than they may have, of 2^30 keys 45 times as much with the fewer."""
+
 _HASHED = 1 << 15  # words of keys that are hashed at a time: few enough for a core's own cache
 _WORDS = (np.uint64, np.uint32, np.uint16)
 
 Int64s = npt.NDArray[np.int64]
 
 
-def slots_for(keys: int) -> int:
-    """Counts that are kept for so many keys."""
-    return min(MOST_SLOTS, 1 << (8 * keys - 1).bit_length())
+def slots_for(keys: int, most: int = USUAL_SLOTS) -> int:
+    """Counts that are kept for so many keys, `most` of them."""
+    return min(most, 1 << (8 * keys - 1).bit_length())
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class EqualKeys:
 
 
 class Repeats:
-    """Counts the keys of one head, rows of so many bytes, tile by tile, by a hash of their bits.
+    """Counts the keys of one head, rows of so many bytes, tile by tile, by a hash of their bits, in so many slots at most.
 
     Any thread may `sort` a tile at any time; tiles are counted in their order.
     """
 
-    def __init__(self, keys: int, row_bytes: int) -> None:
-        self._counts = np.zeros(slots_for(keys), np.uint32)
+    def __init__(self, keys: int, row_bytes: int, most_slots: int = USUAL_SLOTS) -> None:
+        self._counts = np.zeros(slots_for(keys, most_slots), np.uint32)
         self._word = next(word for word in _WORDS if row_bytes % np.dtype(word).itemsize == 0)
         words = row_bytes // np.dtype(self._word).itemsize
         self._factors = np.random.default_rng(0).integers(0, 1 << 64, words, np.uint64) | np.uint64(1)

@@ -35,7 +35,7 @@ def test_a_call_a_read_and_a_tile_count_each() -> None:
     made = decoding()
     partials = made.subproblems
     calls = made.problem.keys / made.tiles.key
-    reads = made.link("read").amount / READ_BYTES
+    reads = made.link("read").amount / READ_BYTES["cuda"]
     assert calls > partials
     assert made.tiles.query == made.chunk_rows  # one tile of each partial
     assert python(made).amount == pytest.approx(calls + reads + partials, rel=0.02)

@@ -216,13 +216,15 @@ def test_rates_that_differ_a_little_change_seconds_and_not_bits(tmp_path: Path, 
     "asked",
     [{}, {"causal": True}, {"causal": True, "window_size": (4095, 0)}, {"queries": slice(1 << 19, (1 << 19) + 1024)}],
 )
-@pytest.mark.parametrize(("kernel", "most"), [("hopper", 1 << 18), ("cudnn", 1 << 16)])
+@pytest.mark.parametrize(
+    ("kernel", "dim", "most"), [("hopper", 64, 1 << 18), ("hopper", 32, 1 << 19), ("cudnn", 8, 1 << 16)]
+)
 def test_a_gpu_is_given_as_many_keys_a_call_as_its_kernel_chains(
-    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], kernel: str, most: int
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], kernel: str, dim: int, most: int
 ) -> None:
     monkeypatch.setattr(measure, "_choose_kernel", lambda *_: ("cuda", kernel))
     monkeypatch.setattr(measure, "_gpu_rate", lambda *_: (1e14, 0))
     monkeypatch.setattr(measure, "count_lanes", lambda _: 1)
-    tensors = {name: np.zeros((1, 1, 1 << 20, 8), np.float16) for name in "qkv"}
+    tensors = {name: np.zeros((1, 1, 1 << 20, dim), np.float16) for name in "qkv"}
     plan = oocattn.plan(tensors, device_memory="4GiB", **asked)
     assert most / 2 < plan.tiles.key <= most

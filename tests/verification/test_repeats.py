@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from oocattn.verification.repeats import MOST_SLOTS, Repeats, slots_for
+from oocattn.verification.repeats import MOST_SLOTS, USUAL_SLOTS, Repeats, slots_for
 
 
 def count(repeats: Repeats, keys: NDArray[Any]) -> NDArray[np.float64]:
@@ -53,4 +53,12 @@ def test_different_keys_are_hardly_ever_taken_for_equal(kind: str) -> None:
 
 
 def test_counts_take_little_memory() -> None:
-    assert [slots_for(tokens) for tokens in (1, 100, 1 << 24)] == [8, 1024, MOST_SLOTS]
+    assert [slots_for(tokens) for tokens in (1, 100, 1 << 24)] == [8, 1024, USUAL_SLOTS]
+    assert [slots_for(tokens, MOST_SLOTS) for tokens in (100, 1 << 20, 1 << 30)] == [1024, 1 << 23, MOST_SLOTS]
+
+
+def test_more_counts_tell_more_keys_apart() -> None:
+    keys = np.random.default_rng(2).standard_normal((1 << 16, 4)).astype(np.float32)
+    few, more = (count(Repeats(1 << 30, 16, slots), keys).mean() for slots in (1 << 14, MOST_SLOTS))
+    assert few > 2
+    assert more < 1.01

@@ -21,12 +21,13 @@ from oocattn.operations import Operation
 from oocattn.operations.tiles import pieces
 from oocattn.pipelines.finished import record_of
 from oocattn.pipelines.lane.memory import OutBlock, Pool, as_numpy
-from oocattn.pipelines.lane.not_finite import count_narrowed, count_not_finite
+from oocattn.pipelines.lane.narrowed import count_narrowed
 from oocattn.pipelines.lane.partials.store import MergedChunk, PartialStore
 from oocattn.pipelines.watch.events import Merged, Span, Written
 from oocattn.plain_threads import plain_threads
 from oocattn.planning.plan import Plan
 from oocattn.records import to_json
+from oocattn.storage.inputs.values import count_not_finite
 from oocattn.storage.journal.journal import Journal
 from oocattn.storage.results.arrays import ResultArrays, WrittenChunk
 

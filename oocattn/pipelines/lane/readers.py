@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from oocattn import clock
-from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.storage.inputs.ahead import MOST_READS, Window
 from oocattn.storage.inputs.held import Rows
+from oocattn.storage.inputs.values import count_not_finite
 from oocattn.threads import ThreadPool
 
 

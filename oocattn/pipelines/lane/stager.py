@@ -208,7 +208,7 @@ class Stager:
         if not rows:
             return ()
         if array.direct:
-            return pieces(rows, max(1, READ_BYTES // row_bytes))
+            return pieces(rows, max(1, READ_BYTES[self._plan.device] // row_bytes))
         if not (self._ahead and array.is_remote):
             return (rows,)
         cut = cut_at_multiples(range(rows.start - source.first, rows.stop - source.first), array.ahead_rows)

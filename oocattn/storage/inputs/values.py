@@ -1,4 +1,4 @@
-"""The numbers of tensors: their dtypes, a checksum of all of them, and a digest of some."""
+"""The numbers of tensors: their dtypes, a checksum of all of them, a digest of some, and how many are NaN or Inf."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oocattn.errors import ProblemError
 from oocattn.problem.arrays import DTYPES
@@ -24,6 +25,22 @@ all heads are read where they lie between, or a chunk is decoded."""
 
 CHECKED_BYTES, PIECE_BYTES, CHECK_THREADS = 16 << 20, 256 << 10, 8
 """Bytes that one checksum is of, bytes that are copied for it at a time, and threads that do, at most."""
+
+
+_BLOCK = 1 << 16  # elements of temporary arrays, which stay small
+
+
+def count_not_finite(array: NDArray[Any]) -> int:
+    """Count the NaN and Inf: exponent bits all ones, so as integers the largest of either sign: two maxima tell of none."""
+    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
+    unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
+    bits: NDArray[Any] = array.reshape(-1).view(unsigned)
+    with_sign: NDArray[Any] = bits.view(signed)
+    sign = 1 << (8 * array.itemsize - 1)
+    if not len(bits) or (int(np.max(bits)) < sign + exponent and int(np.max(with_sign)) < exponent):
+        return 0
+    mask = bits.dtype.type(exponent)
+    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(_BLOCK, len(bits), _BLOCK)))
 
 
 def check_dtype(name: str, label: str, dtype: np.dtype[Any] | str) -> None:

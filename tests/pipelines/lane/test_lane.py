@@ -22,8 +22,8 @@ from oocattn import IntegrityError, ProblemError
 from oocattn.operations import forward
 from oocattn.pipelines.lane.lane import Lane
 from oocattn.pipelines.lane.memory import as_numpy
-from oocattn.pipelines.lane.not_finite import count_not_finite
 from oocattn.pipelines.lane.partials import files as partial_files
+from oocattn.storage.inputs.values import count_not_finite
 from oocattn.storage.paths import ResultPaths
 from oocattn.storage.results.arrays import ResultArrays
 

@@ -1,29 +1,12 @@
-"""Counts of elements that are NaN or Inf, and of those that a dtype made Inf or 0."""
+"""Counts of elements that a dtype made Inf or 0."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from oocattn.kernels.state import AttentionState
 
 _BLOCK = 1 << 16  # elements of temporary arrays, which stay small
-
-
-def count_not_finite(array: npt.NDArray[Any]) -> int:
-    """Count the NaN and Inf: exponent bits all ones, so as integers the largest of either sign: two maxima tell of none."""
-    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
-    unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
-    bits: npt.NDArray[Any] = array.reshape(-1).view(unsigned)
-    with_sign: npt.NDArray[Any] = bits.view(signed)
-    sign = 1 << (8 * array.itemsize - 1)
-    if not len(bits) or (int(np.max(bits)) < sign + exponent and int(np.max(with_sign)) < exponent):
-        return 0
-    mask = bits.dtype.type(exponent)
-    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(_BLOCK, len(bits), _BLOCK)))
 
 
 def count_narrowed(state: AttentionState, out: torch.Tensor, lse: torch.Tensor, not_finite: int) -> tuple[int, int]:
