@@ -79,7 +79,9 @@ class Allowances:
             deviation * np.sqrt(np.minimum(keys, 128 + keys / 128)) * partial / den,
             2 * deviation * (np.abs(lse) + 2) * np.sqrt(partials.moments.about(out) / keys) / den,  # merges of whole spans
         ]
-        one_sign = np.maximum(partials.drift, errors.repeated * partials.peak / den)
+        # At least the root of the sum of squares of what equal keys weigh together.
+        together = np.sqrt(errors.random.total / (2 * VARIANCE)) / UNIT
+        one_sign = np.maximum(partials.drift, np.minimum(errors.repeated, SIGMAS * together) * partials.peak / den)
         steady = [
             np.sqrt(errors.systematic.total * errors.systematic.about(out)) / den,
             2 * UNIT * np.linalg.norm(errors.slope_vector - out * errors.slope[:, None], axis=1) / den,

@@ -52,15 +52,16 @@ class ErrorSums:
 
     Sums of weights times errors: `systematic` (of one sign), `random` (their squares), `rounded` (of weights that are
     rounded; None where they are not), `spread` (deviations). Sums of weights: `slope` and `slope_vector` times score and
-    value, `square_of_values`, `repeated` (of keys that came before). Of all keys: the largest value, sum of products and
-    error; the farthest that a score with a large error may `reach`, and one that may be `lost` by overflow.
+    value, `square_of_values`, `repeated` (of keys that came before). Where weights are rounded, `by_chance` is the sum of
+    their squares times those of values. Of all keys: the largest value, sum of products and error; the farthest that a score
+    with a large error may `reach`, and one that may be `lost` by overflow.
     """
 
     def __init__(self, rows: int, value_dim: int, rounds_weights: bool) -> None:
         self.systematic, self.random = (Moments(rows, value_dim) for _ in range(2))
         self.rounded = Moments(rows, value_dim) if rounds_weights else None
         self.slope, self.slope_vector = np.zeros(rows), np.zeros((rows, value_dim))
-        self.square_of_values, self.spread, self.repeated = (np.zeros(rows) for _ in range(3))
+        self.square_of_values, self.spread, self.repeated, self.by_chance = (np.zeros(rows) for _ in range(4))
         self.largest_value, self.largest_sum, self.largest_error = (np.zeros(rows) for _ in range(3))
         self.reach, self.lost = np.full(rows, -np.inf), np.full(rows, -np.inf)
 
@@ -75,6 +76,8 @@ class ErrorSums:
         self.random.merge(other.random, kept * kept, added * added)
         if self.rounded is not None and other.rounded is not None:
             self.rounded.merge(other.rounded, kept * kept, added * added)
+        self.by_chance *= kept * kept
+        self.by_chance += other.by_chance * added * added
         for mine, others in zip(self._largest, other._largest, strict=True):
             np.maximum(mine, others, out=mine)
 

@@ -12,7 +12,7 @@ from oocattn.problem.problem import Problem
 from oocattn.verification.attended import Int64s, attended_ranges, count_keys, key_positions
 from oocattn.verification.differences import Differences
 from oocattn.verification.noise import SUSPICIOUS, Array64, KeyTerms, QueryTerms, WeightNoise, relative_noise
-from oocattn.verification.rounding import least_length
+from oocattn.verification.rounding import CHANCE, least_length
 from oocattn.verification.row_sums import Array32, OutSums, Rows
 
 _NOT_COMPARED = math.nextafter(SUSPICIOUS, math.inf)  # of rows of NaN or Inf: suspected after all that differ
@@ -21,8 +21,6 @@ NEIGHBOURS = 64
 """Rows that show how large a row usually is. Blocks of rows have a multiple of them, so that they are the same in each."""
 
 FEW = 16  # rows of which a mean says little
-CHANCE = 10.0
-"""How much smaller than usual a row of few columns may be by chance: up to there its errors are stated relative to that."""
 
 Bools = npt.NDArray[np.bool_]
 

@@ -24,7 +24,7 @@ from oocattn.verification.chunk_cache import ChunkCache
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.groups import RowGroup, SharedKeys, TileMemory, rows_that_share_keys
 from oocattn.verification.repeats import USUAL_SLOTS, slots_for
-from oocattn.verification.rounding import LARGEST, SMALLEST, UNIT_ROUNDOFF, least_length, subnormal_rounding
+from oocattn.verification.rounding import CHANCE, LARGEST, SMALLEST, UNIT_ROUNDOFF, least_length, subnormal_rounding
 from oocattn.verification.sampling import SampledRow, sample_rows
 from oocattn.verification.softmax import BUFFERS, Array64, Sums, Tile, TileSums, most_borders
 
@@ -59,12 +59,14 @@ class Tiles:
 class ExactRow(SampledRow):
     """A row in float64: out [Dv] and lse.
 
-    `size` is the sum of weight times |value|; `allowed` and `allowed_lse` are what float32 may lose of out (norm) and lse.
+    `size` is the sum of weight times |value|, `chance` that of `Sums`; `allowed` and `allowed_lse` are what float32 may lose
+    of out (norm) and lse.
     """
 
     out: Array64
     lse: float
     size: float
+    chance: float
     allowed: float
     allowed_lse: float
 
@@ -72,12 +74,13 @@ class ExactRow(SampledRow):
 def compare_row(problem: Problem, exact: ExactRow, out: Array64, lse: float) -> RowCheck:
     """The check of one row, found as `out` [Dv] and `lse`.
 
-    Errors of `out` are relative to the norm of the exact row; where that is nearly nothing, because values cancel or
-    are nearly subnormal in the dtype of `out`, to a thousandth of the values' size or to 200 such roundings.
+    Errors of `out` are relative to the norm of the exact row, or where that is small by chance, and weights are rounded, to
+    what it would be by chance, ten times the row's own at most. Where it is nearly nothing, because values cancel or are
+    nearly subnormal in the dtype of `out`, they are relative to a thousandth of the values' size or to 200 such roundings.
     """
     of_rows = problem.out_dtype, problem.value_dim
     tiny, norm = subnormal_rounding(*of_rows), _norm(np.where(np.isfinite(exact.out), exact.out, 0.0))
-    length = max(norm, exact.size / 1000, least_length(*of_rows))
+    length = max(norm, min(CHANCE * norm, exact.chance), exact.size / 1000, least_length(*of_rows))
     allowed = UNIT_ROUNDOFF[problem.out_dtype] * norm + tiny + exact.allowed
     of_lse = np.asarray([lse]), np.asarray([exact.lse])
     with np.errstate(all="ignore"):
@@ -213,7 +216,7 @@ def recompute_places(
 
 
 def _rows(shared: SharedKeys, found: Sums) -> Iterator[ExactRow]:
-    columns = (found.lse, found.size, found.allowed, found.allowed_lse)
+    columns = (found.lse, found.size, found.chance, found.allowed, found.allowed_lse)
     for place, out, *of_row in zip(shared.places, found.out, *columns, strict=True):
         yield ExactRow(place.batch, place.head, place.token, place.strata, out, *map(float, of_row))
 

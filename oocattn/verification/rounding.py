@@ -10,11 +10,13 @@ so a score counts as much as its key weighs. Rounding errors come in two kinds, 
 
 *Errors of one sign.* A dot product of D terms may be off by gamma_D sum|q k|, gamma_D = D u / (1 - D u) (Higham, Accuracy
 and Stability of Numerical Algorithms, 2nd edition, section 3.1). A running sum that rises evenly, as that of constant rows
-does, may be off by half of that. As far as the terms of a score have one sign, (D + 1) u / 2 times the excess
-max(0, 2 |s| - sum|q k|) is allowed. Such errors C_j add up without cancellation: sum_j P_j (exp(C_j) - 1) |v_j - out|,
-bounded by Cauchy and Schwarz. The same holds for sums over keys: there the largest excess of a partial sum counts, and the
-largest partial sum as far as keys are repeated. A common factor 1 + 2 u of all scores (the scale is rounded, and so is
-log2(e) where a kernel takes powers of two) moves out along its derivative, sum_j P_j s_j (v_j - out).
+does, may be off by half of that. As far as the terms of a score have one sign, (D + 1) u / 2 times the excess max(0, 2 |s| -
+sum|q k|) is allowed. Such errors C_j add up without cancellation: sum_j P_j (exp(C_j) - 1) |v_j - out|, bounded by Cauchy
+and Schwarz. The same holds for sums over keys: there the largest excess of a partial sum counts, and the largest partial sum
+as far as keys are repeated: where the same addends come again, so do their errors. Those of different addends vary: of c_i
+keys that weigh P_i each, `SIGMAS` sqrt(sum_i (c_i P_i)^2) of the whole are of one sign. A common factor 1 + 2 u of all
+scores (the scale is rounded, and so is log2(e) where a kernel takes powers of two) moves out along its derivative, sum_j P_j
+s_j (v_j - out).
 
 *Terms of the scores.* A softcap c multiplies the errors so far by the steepest rise of tanh(s / c) near s, which is 1 at
 most, and adds `TANH` roundings of the capped score. A bias b (ALiBi's, or a key's) adds the rounding of b and of the sum.
@@ -71,6 +73,7 @@ OVERFLOW = 2.0**119
 SCORE_OVERFLOW = 2.0**126
 """Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""
 
+CHANCE = 10.0  # times its own length, as which a row counts that is short by chance, at most
 LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
 REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
 _MOST_RAISED = 200.0  # of an exponent, above the largest score of a tile: neither sums nor their products overflow
@@ -238,8 +241,9 @@ class TileErrors:
         sums.random.add(self._variances, value, squares)
         if sums.rounded is not None:
             of_weights = self._errors  # used up
-            np.multiply(self._coherence, weights, out=of_weights)
-            of_weights *= weights
+            np.multiply(weights, weights, out=of_weights)
+            sums.by_chance += dot(of_weights, squares)
+            of_weights *= self._coherence
             sums.rounded.add(of_weights, value, squares)
         sums.slope += self._scratch.sum(axis=1)
         sums.slope_vector += weigh(self._scratch, value)

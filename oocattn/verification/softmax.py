@@ -95,11 +95,15 @@ class TileSums:
 
 @dataclass(frozen=True)
 class Sums:
-    """Rows in float64: `out` [rows, Dv], lse, the sum of weight times |value|, and what float32 may lose of out and lse."""
+    """Rows in float64: `out` [rows, Dv], lse, the sum of weight times |value|, and what float32 may lose of out and lse.
+
+    Where weights are rounded, `chance` is the length that `out` would have by chance, with signs of values drawn at random.
+    """
 
     out: Array64
     lse: Array64
     size: Array64
+    chance: Array64
     allowed: Array64
     allowed_lse: Array64
 
@@ -237,7 +241,8 @@ class Softmax:
         lse = self._maximum + np.log(total)
         allowances = Allowances(self._errors, self._partials, self._weight_roundoff)
         allowed = allowances.of(out, lse, self._maximum, total, self._den / den, self._size, keys)
-        return Sums(out, lse, np.nan_to_num(self._size / den), allowed.out, allowed.lse)
+        size, chance = (np.nan_to_num(each / den) for each in (self._size, np.sqrt(self._errors.by_chance)))
+        return Sums(out, lse, size, chance, allowed.out, allowed.lse)
 
     def _take_partial_sum(self, stop: int, num: Array64, size: Array64, den: Array64) -> None:
         """Sums over the keys before `stop` stand for those since the last call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,14 +109,48 @@ def test_exact_rows_of_many_problems_are_those_of_the_definition() -> None:
         check_exact_rows(seed)
 
 
-def test_the_size_of_a_row_is_that_of_its_values() -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_size_of_a_row_is_that_of_its_values(rounded: bool) -> None:
     arrays = normal_arrays(TOKENS)
     problem = problem_of(arrays, causal=True)
-    for row in recompute_rows(problem, dataset_of(arrays), borders=[], rows=20, seed=1, key_rows=64):
+    options: dict[str, Any] = {"weight_roundoff": 2.0**-11} if rounded else {}
+    for row in recompute_rows(problem, dataset_of(arrays), borders=[], rows=20, seed=1, key_rows=64, **options):
         of_heads = (array[0, head] for array, head in zip(arrays, (row.head, 0, 0), strict=True))
         query, key, value = (array[: row.token + 1].astype(np.float64) for array in of_heads)
         weights = np.exp(problem.scale * (key @ query[-1]))
-        assert row.size == pytest.approx(weights @ np.linalg.norm(value, axis=1) / weights.sum(), rel=1e-12)
+        lengths = np.linalg.norm(value, axis=1)
+        assert row.size == pytest.approx(weights @ lengths / weights.sum(), rel=1e-12)
+        by_chance = np.linalg.norm(weights * lengths) / weights.sum()
+        assert row.chance == pytest.approx(by_chance if rounded else 0.0, rel=1e-12)
+
+
+def test_rows_that_are_short_by_chance_show_something() -> None:
+    """Of few columns, where weights are rounded to bfloat16."""
+    arrays = normal_arrays(4096, heads=1, head_dim=16)
+    problem = replace(problem_of(arrays), dtype="bfloat16", out_dtype="bfloat16")
+    rows = list(recompute_rows(problem, dataset_of(arrays), borders=[], rows=300, seed=0, weight_roundoff=2.0**-8))
+    checks = [compare_row(problem, row, row.out, row.lse) for row in rows]
+    assert all(check.shows for check in checks)
+    short = [row.chance / np.linalg.norm(row.out) for row in rows]
+    assert max(short) > 1.5
+    assert [check.length for check in checks] == pytest.approx(
+        [max(row.chance, float(np.linalg.norm(row.out))) for row in rows], rel=1e-12
+    )
+    nearly_nothing = replace(rows[0], out=rows[0].out / 1000)
+    assert compare_row(problem, nearly_nothing, nearly_nothing.out, rows[0].lse).length < rows[0].chance / 20
+
+
+def test_what_sums_lose_of_one_sign_falls_with_the_keys_that_differ() -> None:
+    rng, keys = np.random.default_rng(0), 1 << 18
+    q, v = rng.standard_normal((1, 1, 1, 16)).astype("f4"), rng.standard_normal((1, 1, keys, 16)).astype("f4")
+    allowed = {}
+    for different in (3, 1 << 15, keys):
+        k = np.tile(rng.standard_normal((different, 16)), (keys // different + 1, 1))[:keys].astype("f4")[None, None]
+        problem = problem_of((q, k, v))
+        (row,) = recompute_rows(problem, dataset_of((q, k, v)), borders=[], rows=1, seed=0)
+        allowed[different] = row.allowed / np.linalg.norm(row.out)
+    assert allowed[1 << 15] < 4 * allowed[keys]  # sqrt(8) times, as errors that vary
+    assert allowed[3] > 7 * allowed[keys]
 
 
 @pytest.mark.parametrize(
