@@ -155,12 +155,13 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     if isinstance(found, Run):
         check_chosen(found, choices)
 
-    def decide(lanes: int, machine_lanes: int, find_cores: FindCores) -> Plan:
+    def decide(lanes: int, machine_lanes: int, process_lanes: int, find_cores: FindCores) -> Plan:
         if isinstance(found, Run):
             return found.plan
         paths, to_store = request.paths, request.paths.stored is not None
         chosen = request.dataset, request.problem, choices, lanes, paths.state, workplace.engine
-        return plan_here(*chosen, machine_lanes=machine_lanes, find_cores=find_cores, to_store=to_store)
+        sharing: Any = {"machine_lanes": machine_lanes, "process_lanes": process_lanes}
+        return plan_here(*chosen, **sharing, find_cores=find_cores, to_store=to_store)
 
     kernel, precise = choices.kernel, choices.precise
     with workplace.prepare(request.problem, kernel, decide, until, precise=precise) as (engine, plan):

@@ -59,14 +59,14 @@ class Workplace:
         self,
         problem: Problem,
         kernel: str | None,
-        decide: Callable[[int, int, FindCores], Plan],
+        decide: Callable[[int, int, int, FindCores], Plan],
         until: float,
         *,
         precise: bool = False,
     ) -> Iterator[tuple[Engine, Plan]]:
-        """Have an engine while inside, and the plan that `decide` makes for so many lanes, at most so many on a machine.
+        """Have an engine while inside, and the plan that `decide` makes.
 
-        It is also given what finds the cores of such a machine.
+        It is given the number of lanes, the most on one machine and in one process, and what finds the cores of a machine.
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
         if self.client is not None:
@@ -82,7 +82,7 @@ class Workplace:
             open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)
-            plan = decide(lanes, lanes, lambda: None)
+            plan = decide(lanes, lanes, lanes, lambda: None)
             rehearsed = beside.submit(rehearse, plan)
             with open_engine(min(plan.lanes, lanes)) as engine:  # the plan may be of another machine
                 rehearsed.result()
@@ -99,9 +99,12 @@ class Workplace:
         return partial(local_engine, self.dashboard_address)
 
 
-def _look_at_workers(client: Client, until: float) -> tuple[int, int, FindCores]:
-    """How many workers a client has, the most on one machine, and what asks for their cores, after waiting for a first."""
-    from oocattn.pipelines.engines.dask.cluster import find_cores, host_of, wait_for_first, worker_addresses
+def _look_at_workers(client: Client, until: float) -> tuple[int, int, int, FindCores]:
+    """How many workers a client has, the most on one machine and in one process, and what asks for their cores.
+
+    A first one is waited for.
+    """
+    from oocattn.pipelines.engines.dask.cluster import find_cores, host_of, is_in_process, wait_for_first, worker_addresses
     from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
     def check() -> None:
@@ -112,4 +115,5 @@ def _look_at_workers(client: Client, until: float) -> tuple[int, int, FindCores]
     wait_for_first(client, check)
     workers = worker_addresses(client)
     hosts = Counter(map(host_of, workers))
-    return len(workers), max(hosts.values(), default=0), lambda: find_cores(client, workers, check)
+    of_process = max(1, sum(map(is_in_process, workers)))
+    return len(workers), max(hosts.values(), default=0), of_process, lambda: find_cores(client, workers, check)

@@ -109,7 +109,7 @@ class _Run:
     def links(self) -> tuple[Link, ...]:
         """All links, in the order in which a plan prints them."""
         copy = [self._copy()] if self.hardware.device == "cuda" else []
-        python = [self._python()] if self.hardware.device == "cuda" and self.hardware.sharing_lanes > 1 else []
+        python = [self._python()] if self.hardware.device == "cuda" and self.hardware.locked_lanes > 1 else []
         return (self._read(), *copy, self._compute(), self._partials(), self._write(), self._files(), *python, self._tasks())
 
     @property
@@ -231,8 +231,8 @@ class _Run:
         return share * self.amounts.chunk_files / writers * self.hardware.file_seconds
 
     def _python(self) -> Link:
-        """Calls of the kernel, reads and tiles of partials, of the lanes of one machine."""
-        share = self.hardware.sharing_lanes / self.hardware.lanes
+        """Calls of the kernel, reads and tiles of partials, of the lanes of one process."""
+        share = self.hardware.locked_lanes / self.hardware.lanes
         counts = [share * each for each in (self.amounts.calls, self.amounts.reads_in_pieces, self.amounts.query_tiles)]
         return Link("python", sum(counts), on_gpus(*counts))
 

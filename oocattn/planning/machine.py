@@ -44,8 +44,8 @@ class Machine:
     `kernel_flops` is one lane's rate on large tiles, `half_rate_rows` the query rows of a call at which it falls to half,
     `max_keys` the most keys of a call; `rounds_weights` says whether the kernel rounds softmax weights to the inputs' dtype.
     Of the `lanes` at most `machine_lanes` are on one machine (0: all), and share its budgets and, on a CPU, its `cores` (0:
-    one for each of their threads). `most_lanes` of a machine take part where others are left out (0: as many as the budgets
-    have room for).
+    one for each of their threads). At most `process_lanes` of these are in one process (0: all), and wait for its Python.
+    `most_lanes` of a machine take part where others are left out (0: as many as the budgets have room for).
     `copy_rate` is between host and device. `read_rate` and `write_rate` are the disk's, shared by all lanes, and
     `reread_rate` that of data that was read before, from the page cache if it fits there. `from_disk` says whether inputs
     that are read as they lie come from the disk, which has less time to write then: not where the page cache has them.
@@ -61,6 +61,7 @@ class Machine:
     rounds_weights: bool = False
     lanes: Annotated[int, Range(1, MAX_LANES)] = 1
     machine_lanes: Annotated[int, Range(0, MAX_LANES), ADDED] = 0
+    process_lanes: Annotated[int, Range(0, MAX_LANES), ADDED] = 0
     most_lanes: Annotated[int, Range(0, MAX_LANES), ADDED] = 0
     threads: Annotated[int, Range(1, 1 << 16)] = 1
     cores: Annotated[int, Range(0, 1 << 16), ADDED] = 0
@@ -78,6 +79,11 @@ class Machine:
     def sharing_lanes(self) -> int:
         """The most lanes that share the budgets of one machine."""
         return min(self.lanes, self.machine_lanes or self.lanes)
+
+    @property
+    def locked_lanes(self) -> int:
+        """The most lanes that share Python's lock, in one process."""
+        return min(self.sharing_lanes, self.process_lanes or self.sharing_lanes)
 
     @property
     def lane_cores(self) -> float:

@@ -142,13 +142,14 @@ def plan_here(
     engine: Engine,
     *,
     machine_lanes: int = 0,
+    process_lanes: int = 0,
     find_cores: FindCores = lambda: None,
     to_store: bool = False,
 ) -> Plan:
     """Measure this machine and plan for an engine; partials would lie in the folder `scratch`, the result in a store.
 
     `lanes` are workers, `MAX_LANES` at most (default: one, or one for each GPU), at most `machine_lanes` (0: all) on a
-    machine, whose cores `find_cores` finds; small budgets leave some of them out.
+    machine, whose cores `find_cores` finds, and at most `process_lanes` in a process; small budgets leave some of them out.
     Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
     """
     if lanes is not None and lanes < 1:
@@ -159,6 +160,7 @@ def plan_here(
     cores = cores_of_lanes(found, usable_cores(), torch.get_num_threads(), sharing)
     of_lanes: Any = {"lanes": lanes, "machine_lanes": sharing, "cores": cores, "engine": engine, "scratch": scratch}
     hardware = describe_hardware(dataset, problem, kernel=choices.kernel, precise=choices.precise, **of_lanes)
+    hardware = replace(hardware, process_lanes=process_lanes if process_lanes < sharing else 0)
     device_memory = choices.device_memory
     if device_memory is None:
         device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.sharing_lanes)

@@ -50,13 +50,17 @@ def test_each_tile_takes_a_call_and_each_chunk_a_read() -> None:
     assert python(made).amount >= 2 * tiles + reads  # a call of each tile at least, and what is done with it
 
 
-@pytest.mark.parametrize("hardware", [replace(MACHINE, lanes=4), HOPPER, replace(SEVERAL, machine_lanes=1)])
+@pytest.mark.parametrize(
+    "hardware",
+    [replace(MACHINE, lanes=4), HOPPER, *(replace(SEVERAL, **{each: 1}) for each in ("machine_lanes", "process_lanes"))],
+)
 def test_others_do_not_wait_for_each_other(hardware: Any) -> None:
     assert not python(plan(a_problem(1 << 17), hardware, chunks=7, decomposition="cqs")).amount
 
 
-def test_two_machines_have_a_lock_each() -> None:
-    one, two = (python(decoding(4, machine_lanes=lanes)).seconds for lanes in (0, 2))
+@pytest.mark.parametrize("sharing", ["machine_lanes", "process_lanes"])
+def test_two_processes_have_a_lock_each(sharing: str) -> None:
+    one, two = (python(decoding(4, **{sharing: lanes})).seconds for lanes in (0, 2))
     assert two == pytest.approx(one / 2)
 
 

@@ -75,10 +75,12 @@ def test_workers_of_a_machine_read_hardly_more_than_one(
     assert found.report.bytes_read <= 1.15 * one.report.bytes_read
 
 
-def test_a_large_budget_is_shared_by_all_workers(dataset: Path, result: Path) -> None:
-    found, plan = run(dataset, result, 2, processes=False, budget=1 << 30)
+@pytest.mark.parametrize("processes", [True, False])
+def test_a_large_budget_is_shared_by_all_workers(dataset: Path, result: Path, processes: bool) -> None:
+    found, plan = run(dataset, result, 2, processes=processes, budget=1 << 30)
     assert found.report is not None
     assert (found.report.lanes, plan.machine.most_lanes) == (2, 0)
+    assert plan.machine.locked_lanes == (1 if processes else 2)
 
 
 @pytest.mark.parametrize("lanes", [2, 4, 8])
