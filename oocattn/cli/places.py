@@ -23,6 +23,6 @@ def add_scratch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scratch",
         metavar="DIR",
-        help="folder of journal and partials where RESULT is a URL (default: its name and .oocattn, in the current folder); "
+        help="folder of journal and partials where RESULT is a URL (default: called after it, in the current folder); "
         "store: in the store, so that another machine can resume",
     )
