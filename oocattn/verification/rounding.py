@@ -120,7 +120,7 @@ class TileErrors:
         `occurrences` [n] says which occurrence of itself each key is. Rows attend all of the keys but those that are
         `hidden` [rows, n].
         """
-        self._coherence = 2 * occurrences - 1  # of c equal keys, these sum up to c^2
+        self._coherence: Array64 = 2 * occurrences - 1  # [n] or [rows, 1]; of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch
         multiply(np.abs(self._query), np.abs(key, out=key), out=sizes)
         sizes *= self._scale
@@ -219,6 +219,10 @@ class TileErrors:
         """Take the weights exp(scores - shift)."""
         self.sums.repeated += dot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
         error, variance, scratch = self._errors, self._variances, self._scratch
+        if self._coherence.min(initial=1.0) < 1:  # estimates, of which the mean over the tile is right
+            np.multiply(weights, weights, out=scratch)
+            sums, plain = dot(scratch, self._coherence), scratch.sum(axis=1)
+            self._coherence = np.maximum(sums / np.where(plain > 0, plain, 1.0), 1.0)[:, None]
         error += scores
         error -= shift[:, None]
         np.minimum(error, _MOST_RAISED, out=error)
