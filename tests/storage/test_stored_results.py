@@ -18,7 +18,7 @@ from support import BESIDE, assert_same_bits, carry_out, plan_for
 
 import oocattn
 from oocattn.cli.main import main
-from oocattn.errors import IntegrityError, LockedError, ProblemError, TaskError
+from oocattn.errors import IntegrityError, LockedError, ProblemError, RemoteDeniedError, TaskError
 from oocattn.pipelines import failing
 from oocattn.storage.journal import store_lock
 from oocattn.storage.paths import ResultPaths
@@ -104,6 +104,27 @@ def test_a_server_that_fails_and_loses_answers_costs_time_alone(
     assert_same_bits(carry_out(plan, dataset, paths_of(place)), right)
     beside = place["result"].partition(f"{BUCKET}/")[2] + ".oocattn/"
     assert set(objects_in(s3, beside)) == {f"{beside}{name}" for name in BESIDE}
+
+
+@pytest.mark.parametrize(("method", "advice"), [("put_object", "may write and remove there"), ("get_object", "anon")])
+def test_what_a_server_does_not_allow_is_said_in_one_line(
+    plan: oocattn.Plan, dataset: Path, s3: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: str, advice: str
+) -> None:
+    from botocore.exceptions import ClientError
+    from s3fs import S3FileSystem
+
+    call = S3FileSystem._call_s3
+
+    async def answer(files: Any, asked: str, *arguments: Any, **options: Any) -> Any:
+        if asked == method:
+            error = {"Code": "AccessDenied", "Message": "no"}
+            raise ClientError({"Error": error, "ResponseMetadata": {"HTTPStatusCode": 403}}, method)
+        return await call(files, asked, *arguments, **options)
+
+    monkeypatch.setattr(S3FileSystem, "_call_s3", answer)
+    with pytest.raises(RemoteDeniedError, match=r"^(writing|reading) s3://[^\n]*403[^\n]*not allowed") as found:
+        carry_out(plan, dataset, paths_of(in_s3(s3)))
+    assert (advice in str(found.value), "anon" in str(found.value)) == (True, advice == "anon")
 
 
 def test_a_chunk_that_others_removed_is_noticed_and_computed_again(
