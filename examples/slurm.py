@@ -74,7 +74,10 @@ def compute(cluster: Cluster, asked: argparse.Namespace) -> oocattn.Result:
     cluster.adapt(minimum=asked.jobs, maximum=asked.jobs)  # jobs that end are submitted again
     half, began = oocattn.units.parse_size(asked.memory) // 2, time.monotonic()
     with Client(cluster) as client:
-        client.wait_for_workers(asked.start_with or asked.jobs, timeout=asked.time_limit)
+        try:
+            client.wait_for_workers(min(asked.start_with or asked.jobs, asked.jobs), timeout=asked.time_limit)
+        except TimeoutError as error:
+            raise oocattn.TimeLimitError(f"in the queue: {error}") from error
         left = asked.time_limit and max(1.0, asked.time_limit - (time.monotonic() - began))
         return oocattn.attention(
             asked.inputs,
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with make_cluster(asked) as cluster:
             print(compute(cluster, asked).report)
-    except (oocattn.TimeLimitError, oocattn.WorkerLostError, TimeoutError) as error:
+    except (oocattn.TimeLimitError, oocattn.WorkerLostError) as error:
         print(error, file=sys.stderr)
         return GO_ON_LATER
     return 0

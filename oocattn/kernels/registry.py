@@ -90,9 +90,12 @@ def takes_long_calls(name: str) -> bool:
     return _registration(name).long_calls
 
 
-def max_keys(name: str, head_dim: int) -> int:
-    """The most keys of so many columns to give to one call, which is right beyond them, too; ProblemError as above."""
-    return max(_LONG_KEYS, _LONG_NUMBERS // head_dim) if takes_long_calls(name) else MAX_KEYS
+def max_keys(name: str, columns: int) -> int:
+    """The most keys to give to one call, which is right beyond them, too; ProblemError as above.
+
+    `columns` are those of keys or values, of whichever has more.
+    """
+    return max(_LONG_KEYS, _LONG_NUMBERS // columns) if takes_long_calls(name) else MAX_KEYS
 
 
 def rounds_weights(name: str) -> bool:

@@ -104,10 +104,13 @@ class Attempt:
     def _open_lanes(self) -> None:
         with naming(SET_UP), self._prefer_worker_lost():
             opening = self._lanes.open()
-            while not opening.done():
-                self._wait(opening, PROGRESS_SECONDS)
-                self._check_workers()  # for one that has died Dask would wait half a minute
-            opening.result()
+            try:
+                while not opening.done():
+                    self._wait(opening, PROGRESS_SECONDS)
+                    self._check_workers()  # for one that has died Dask would wait half a minute
+                opening.result()
+            finally:
+                opening.cancel()
         self._standstill.begin()
 
     def _run_to_completion(self) -> None:

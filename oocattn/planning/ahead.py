@@ -137,7 +137,7 @@ def _hardware(
         scratch_bytes=estimated_scratch(kind),
         device=kind,
         half_rate_rows=HALF_RATE_ROWS[kind],
-        max_keys=max_keys(found.kernel, problem.head_dim),
+        max_keys=max_keys(found.kernel, max(problem.head_dim, problem.value_dim)),
         rounds_weights=rounds_weights(found.kernel),
         lanes=1 if on_cpu else devices,
         threads=devices if on_cpu else 1,

@@ -95,7 +95,7 @@ def describe_hardware(
         scratch_bytes=get_kernel(name).scratch_bytes,
         device=device,
         half_rate_rows=half_rate_rows,
-        max_keys=max_keys(name, problem.head_dim),
+        max_keys=max_keys(name, max(problem.head_dim, problem.value_dim)),
         rounds_weights=rounds_weights(name),
         lanes=lanes,
         machine_lanes=machine_lanes if machine_lanes < lanes else 0,

@@ -1,8 +1,8 @@
 """Seconds that Python takes beside kernels, copies and files, of which one thread of a process works at a time. Pure.
 
 On a CPU it takes turns with computing. Where lanes on GPUs share a process they wait for each other's: what they launch,
-read and merge are hundreds of small calls, each of which may wait for threads that need Python as briefly. A caller's
-workers have a process each, and wait for nobody.
+read and merge are hundreds of small calls, each of which may wait for threads that need Python as briefly. Workers of
+a caller's that are processes wait for nobody.
 """
 
 from __future__ import annotations

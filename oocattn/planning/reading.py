@@ -15,7 +15,7 @@ import psutil
 from numpy.typing import NDArray
 
 from oocattn.planning.machine import Device, InputCost
-from oocattn.planning.memory import READ_BYTES, READERS
+from oocattn.planning.memory import READERS
 from oocattn.planning.timing import undisturbed_seconds
 from oocattn.problem.problem import Problem
 from oocattn.storage.inputs.ahead import MOST_READS, Window, cut_at_multiples
@@ -31,7 +31,7 @@ SAMPLE_BYTES = 16 << 20  # how much of an array is decoded to measure how fast t
 SAMPLE_THREADS: dict[Device, int] = {"cpu": 4, "cuda": READERS["cuda"]}
 """Threads that read a sample, which is of as many places of an array."""
 
-PIECE_BYTES: dict[Device, int] = {"cpu": 2 << 20, "cuda": READ_BYTES["cuda"]}
+PIECE_BYTES: dict[Device, int] = {"cpu": 2 << 20, "cuda": 8 << 20}
 """How much is read at each. Of smaller pieces from the page cache, the threads' turns at Python take longer than the
 reading: with four of them and 2 MiB, 4.4 GB/s were found where a run's bytes came in at 8.5 (H200 host)."""
 
@@ -75,7 +75,8 @@ class Rate(NamedTuple):
 def sample_rate(dataset: Dataset, device: Device) -> Rate:
     """How fast directly read arrays come in for a lane on such a device, by several threads, sampled all over.
 
-    A GPU's readers look through them for NaN and Inf; on a CPU that is part of what bytes take of its cores.
+    A GPU's readers look through them for NaN and Inf, when they read them first: what a run reads again comes in faster. On
+    a CPU that is part of what bytes take of its cores.
     """
     threads, piece = SAMPLE_THREADS[device], PIECE_BYTES[device]
     arrays = [dataset.arrays[name] for name in ("q", "k", "v") if dataset.arrays[name].direct]

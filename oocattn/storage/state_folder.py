@@ -30,19 +30,21 @@ def folder_of_url(url: str, scratch: str | Path | None) -> Path:
         folder = _beside_caller(url, scratch == STORE)
     else:
         folder = resolve_path(output_path(scratch, "scratch folder"))
-    other = _recorded(folder).get("result", url) if is_folder(folder) else url
-    if other != url:
-        raise ResultExistsError(
-            f"{folder} holds the job state of {other}, not of {url}: give another folder as {named('scratch')}"
-        )
+    _refuse_of_another(folder, url)
     return folder
 
 
 def folder_of_store(name: str, scratch: str | Path | None) -> Path | None:
-    """The folder of a result in a store of this process, of that name; None where it has none and `scratch` does not say."""
-    if scratch is not None:
-        return resolve_path(output_path(scratch, "scratch folder"))
-    return resolve_path(_current() / f"{name}.oocattn") if name else None
+    """The folder of a result in a store of this process, of that name; None where it has none and `scratch` does not say.
+
+    Raises as `folder_of_url`.
+    """
+    if scratch is None and not name:
+        return None
+    folder = _current() / f"{name}.oocattn" if scratch is None else output_path(scratch, "scratch folder")
+    folder = resolve_path(folder)
+    _refuse_of_another(folder, "")
+    return folder
 
 
 def state_of_url(typed: object, scratch: str | Path | None) -> tuple[str, Path] | None:
@@ -71,6 +73,16 @@ def folder_id(state: Path, result: str) -> str:
 def known_folder_id(state: Path) -> str:
     """The identity of a folder of job state; "" where it has none."""
     return _recorded(state).get("id", "")
+
+
+def _refuse_of_another(folder: Path, url: str) -> None:
+    """Raise ResultExistsError where a folder has the job state of the result at another URL than this, "" for none."""
+    other = _recorded(folder).get("result", url) if is_folder(folder) else url
+    if other != url:
+        mine = url or "a result in a store of this process"
+        raise ResultExistsError(
+            f"{folder} holds the job state of {other}, not of {mine}: give another folder as {named('scratch')}"
+        )
 
 
 def _recorded(state: Path) -> dict[str, str]:

@@ -19,7 +19,6 @@ from oocattn.verification.all_rows import MOST_KEPT, MOST_RECOMPUTED, Sizes
 from oocattn.verification.blocks import BLOCK_ROWS, LEAST_ROWS, Compared
 from oocattn.verification.chunk_cache import chunk_bytes, most_chunks
 from oocattn.verification.recompute import GROUP_ROWS, KEY_ROWS, Tiles, most_key_rows, recompute_bytes
-from oocattn.verification.repeats import MOST_SLOTS, USUAL_SLOTS
 
 MOST_THREADS = 16  # of more, each waits for Python's lock
 MOST_COMPARING = 8  # the same, where all rows are compared: measured on 16 cores
@@ -66,16 +65,14 @@ def fit(
     always += ROW_BYTES * MOST_KEPT + PLACE_BYTES * MOST_RECOMPUTED if second is not None else 0
     sizes, one_row = _Sizes(always, host_memory), max(reader.nbytes(1) for reader in readers.values())
 
-    def recomputing(key_rows: int, rows: int, threads: int, slots: int = USUAL_SLOTS) -> int:
-        return one_row + recompute_bytes(problem, dataset, rows, key_rows, threads, slots)
+    def recomputing(key_rows: int, rows: int, threads: int) -> int:
+        return one_row + recompute_bytes(problem, dataset, rows, key_rows, threads)
 
     def tiles(key_rows: int, group_rows: int, rows: int) -> Tiles:
         threads = sizes.fit_threads(partial(recomputing, key_rows, rows))
         of_chunk, beside = chunk_bytes(dataset, key_rows), recomputing(key_rows, rows, threads)
         chunks = sizes.fit(most_chunks(dataset, key_rows, threads), 0, lambda count: beside + count * of_chunk)
-        kept = chunks * of_chunk
-        slots = sizes.fit(MOST_SLOTS, USUAL_SLOTS, lambda slots: kept + recomputing(key_rows, rows, threads, slots))
-        return Tiles(key_rows, group_rows, threads, chunks, slots)
+        return Tiles(key_rows, group_rows, threads, chunks)
 
     key_rows = sizes.fit(most_key_rows(problem, rows), LEAST_KEYS, partial(recomputing, rows=rows, threads=1))
     sample = tiles(key_rows, GROUP_ROWS, rows)

@@ -35,7 +35,7 @@ Limit = Annotated[float, Range(0.0, math.inf)]  # what is not negative, and may 
 class RowCheck:
     """One recomputed row: its batch, head and row of `out`, the strata it was sampled for, and its errors.
 
-    `error` is that of `out` (norm over Dv), relative to `length`, which is the norm of the exact row or a little more;
+    `error` is that of `out` (norm over Dv), relative to `length`, the norm of the exact row or more (`compare_row`);
     `lse_error` is that of lse (absolute). Their limits are Inf where float32 overflows. `ulps` and `mean_ulps` are the
     largest and the mean error of an element of `out` in units of the last place of its dtype, `lse_ulps` that of lse in
     those of float32. The errors of a row that cannot be read are NaN.

@@ -63,12 +63,12 @@ class RowGroup:
     """Rows that share keys, in float64. What it holds for all of its tiles, it holds from the first one on."""
 
     def __init__(
-        self, problem: Problem, dataset: Dataset, keys: ChunkCache, shared: SharedKeys, weight_roundoff: float, slots: int
+        self, problem: Problem, dataset: Dataset, keys: ChunkCache, shared: SharedKeys, weight_roundoff: float
     ) -> None:
         self._problem, self._arrays, self._keys, self._weight_roundoff = problem, dataset.arrays, keys, weight_roundoff
         self.shared = shared
         self._heads = [query_head(problem, place) for place in shared.places]
-        self._repeats = Repeats(shared.attended.keys, problem.head_dim * problem.itemsize, slots)
+        self._repeats = Repeats(shared.attended.keys, problem.head_dim * problem.itemsize)
         self._in_order = InOrder()
         self._reading = threading.Lock()
         self._rows: Rows | None = None

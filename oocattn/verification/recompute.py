@@ -23,7 +23,7 @@ from oocattn.threads import ThreadPool, map_in_order
 from oocattn.verification.chunk_cache import ChunkCache
 from oocattn.verification.findings import RowCheck
 from oocattn.verification.groups import RowGroup, SharedKeys, TileMemory, rows_that_share_keys
-from oocattn.verification.repeats import USUAL_SLOTS, slots_for
+from oocattn.verification.repeats import slots_for
 from oocattn.verification.rounding import CHANCE, LARGEST, SMALLEST, UNIT_ROUNDOFF, least_length, subnormal_rounding
 from oocattn.verification.sampling import SampledRow, sample_rows
 from oocattn.verification.softmax import BUFFERS, Array64, Sums, Tile, TileSums, most_borders
@@ -45,14 +45,13 @@ AHEAD = 2  # tiles that are begun for each thread, so that none waits for the ne
 class Tiles:
     """How many keys are attended at a time, by how many rows together, at most, and in how many threads that is done.
 
-    `chunks` are those that are kept once they are decoded, `slots` the counts of repeated keys, at most.
+    `chunks` are those that are kept once they are decoded.
     """
 
     keys: int
     rows: int
     threads: int
     chunks: int = 0
-    slots: int = USUAL_SLOTS
 
 
 @dataclass(frozen=True)
@@ -137,13 +136,11 @@ def most_key_rows(problem: Problem, rows: int) -> int:
     return KEY_ROWS << (times.bit_length() - 1)
 
 
-def recompute_bytes(
-    problem: Problem, dataset: Dataset, rows: int, key_rows: int, threads: int = 1, slots: int = USUAL_SLOTS
-) -> int:
-    """Host memory, in bytes, to recompute `rows` rows by tiles of keys in so many threads, with so many counts at most."""
+def recompute_bytes(problem: Problem, dataset: Dataset, rows: int, key_rows: int, threads: int = 1) -> int:
+    """Host memory, in bytes, to recompute `rows` rows by tiles of keys in so many threads."""
     members, dims = min(rows, GROUP_ROWS), problem.head_dim + problem.value_dim
     biases = 12 * min(problem.bias_heads, members)  # as read, and in float64
-    # float64, as read, masks, and where some are not finite; order and positions
+    # float64, as read, masks, what is made of NaN and Inf; order and positions
     tile = dims * (8 + problem.itemsize + 2 + 3 * 8) + 10 * 8 + biases
     terms = 0 if problem.is_plain else 2 * 8  # terms, and their rounding
     weights = members * (5 * 8 + 2 * 8 + 5 + terms)  # scores, weights and what errors they have; temporaries; masks
@@ -156,7 +153,7 @@ def recompute_bytes(
     flying = 2 if threads == 1 else AHEAD * threads + 2
     sums = members * 8 * (14 * problem.value_dim + 3 * problem.head_dim + 60)
     partial = most_borders(key_rows) * members * 8 * (problem.value_dim + 2)
-    return threads * of_thread + flying * (sums + partial + 8 * slots_for(key_rows)) + 2 * 4 * slots_for(problem.keys, slots)
+    return threads * of_thread + flying * (sums + partial + 8 * slots_for(key_rows)) + 2 * 4 * slots_for(problem.keys)
 
 
 def recompute_rows(
@@ -196,7 +193,7 @@ def recompute_places(
 
     def calls() -> Iterator[tuple[RowGroup, Tile | None]]:
         for shared in groups:
-            group = RowGroup(problem, dataset, cache, shared, weight_roundoff, tiles.slots)
+            group = RowGroup(problem, dataset, cache, shared, weight_roundoff)
             if not shared.attended.keys:
                 yield group, None
             yield from ((group, tile) for tile in group.tiles(tiles.keys))

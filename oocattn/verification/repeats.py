@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-USUAL_SLOTS, MOST_SLOTS = 1 << 20, 1 << 26
-"""Counts that are kept, at most, as memory is scarce or not. Where keys are many more, those that differ share a count, of
-which as many as are expected to be others are taken off: the sum over many keys is right, that of a few as it happens."""
+USUAL_SLOTS, KEYS_OF_SLOT = 1 << 20, 4
+"""Counts that are kept, at most: so many, or of more keys a quarter. Keys that differ share a count then, and more error is
+allowed of them than they may have."""
 
 _HASHED = 1 << 15  # words of keys that are hashed at a time: few enough for a core's own cache
 _WORDS = (np.uint64, np.uint32, np.uint16)
@@ -18,9 +18,10 @@ _WORDS = (np.uint64, np.uint32, np.uint16)
 Int64s = npt.NDArray[np.int64]
 
 
-def slots_for(keys: int, most: int = USUAL_SLOTS) -> int:
-    """Counts that are kept for so many keys, `most` of them."""
-    return min(most, 1 << (8 * keys - 1).bit_length())
+def slots_for(keys: int) -> int:
+    """Counts that are kept for so many keys: a power of two."""
+    most = max(USUAL_SLOTS, keys // KEYS_OF_SLOT)
+    return 1 << (min(8 * keys, most) - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,8 @@ class EqualKeys:
     lengths: Int64s
     slots: Int64s
 
-    def occurrences(self, before: Int64s) -> npt.NDArray[np.float64]:
-        """Which occurrence of itself each key is: [n], 1 for the first, where `before` [runs] came before each run.
-
-        Where that is an estimate, it may be less than 0, and an occurrence less than 1.
-        """
+    def occurrences(self, before: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+        """Which occurrence of itself each key is: [n], 1 for the first, where `before` [runs] came before each run."""
         shifts = before - self.first
         place = np.ones(len(self.order), np.int64)  # summed up: of each key in its run, and what came before
         place[self.first[1:]] += np.diff(shifts)
@@ -50,13 +48,13 @@ class EqualKeys:
 
 
 class Repeats:
-    """Counts the keys of one head, rows of so many bytes, tile by tile, by a hash of their bits, in so many slots at most.
+    """Counts the keys of one head, rows of so many bytes, tile by tile, by a hash of their bits.
 
     Any thread may `sort` a tile at any time; tiles are counted in their order.
     """
 
-    def __init__(self, keys: int, row_bytes: int, most_slots: int = USUAL_SLOTS) -> None:
-        self._counts, self._counted = np.zeros(slots_for(keys, most_slots), np.uint32), 0
+    def __init__(self, keys: int, row_bytes: int) -> None:
+        self._counts = np.zeros(slots_for(keys), np.uint32)
         self._word = next(word for word in _WORDS if row_bytes % np.dtype(word).itemsize == 0)
         words = row_bytes // np.dtype(self._word).itemsize
         self._factors = np.random.default_rng(0).integers(0, 1 << 64, words, np.uint64) | np.uint64(1)
@@ -71,16 +69,11 @@ class Repeats:
         first = np.flatnonzero(np.diff(ordered, prepend=-1))  # of each run of equal slots
         return EqualKeys(order, first, np.diff(first, append=len(ordered)), ordered[first])
 
-    def count(self, found: EqualKeys) -> Int64s:
-        """Count the keys of the next tile: how many came before each run of them, [runs].
-
-        It is an estimate where there are fewer slots than keys: less what other keys are expected to have added.
-        """
+    def count(self, found: EqualKeys) -> npt.NDArray[np.uint32]:
+        """Count the keys of the next tile: how many came before each run of them, [runs]."""
         before = self._counts[found.slots]
         self._counts[found.slots] = before + found.lengths.astype(np.uint32)
-        others = (self._counted + len(found.order) // 2) // len(self._counts)
-        self._counted += len(found.order)
-        return before.astype(np.int64) - others
+        return before
 
     def _hash(self, key: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
         """A hash of each key [n, D]: [n]."""

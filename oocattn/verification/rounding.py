@@ -73,7 +73,7 @@ OVERFLOW = 2.0**119
 SCORE_OVERFLOW = 2.0**126
 """Sums of products of a query and a key as large as this may overflow float32, before they are scaled."""
 
-CHANCE = 10.0  # times its own length, as which a row counts that is short by chance, at most
+CHANCE = 10.0  # how many times as large as it is a row may count, where it is small by chance
 LARGE = 0.25  # an error of a score that is not small: first-order analysis ends
 REPEATED = 4  # occurrences of a key up to which sums over keys count as sums of different terms
 _MOST_RAISED = 200.0  # of an exponent, above the largest score of a tile: neither sums nor their products overflow
@@ -120,7 +120,7 @@ class TileErrors:
         `occurrences` [n] says which occurrence of itself each key is. Rows attend all of the keys but those that are
         `hidden` [rows, n].
         """
-        self._coherence: Array64 = 2 * occurrences - 1  # [n] or [rows, 1]; of c equal keys, these sum up to c^2
+        self._coherence = 2 * occurrences - 1  # of c equal keys, these sum up to c^2
         error, variance, sizes = self._errors, self._variances, self._scratch
         multiply(np.abs(self._query), np.abs(key, out=key), out=sizes)
         sizes *= self._scale
@@ -219,10 +219,6 @@ class TileErrors:
         """Take the weights exp(scores - shift)."""
         self.sums.repeated += dot(weights, (self._coherence > 2 * REPEATED).astype(np.float64))
         error, variance, scratch = self._errors, self._variances, self._scratch
-        if self._coherence.min(initial=1.0) < 1:  # estimates, of which the mean over the tile is right
-            np.multiply(weights, weights, out=scratch)
-            sums, plain = dot(scratch, self._coherence), scratch.sum(axis=1)
-            self._coherence = np.maximum(sums / np.where(plain > 0, plain, 1.0), 1.0)[:, None]
         error += scores
         error -= shift[:, None]
         np.minimum(error, _MOST_RAISED, out=error)
@@ -251,7 +247,7 @@ class TileErrors:
             sums.rounded.add(of_weights, value, squares)
         sums.slope += self._scratch.sum(axis=1)
         sums.slope_vector += weigh(self._scratch, value)
-        largest: Array64 = lengths.max(initial=0.0)
+        largest = np.broadcast_to(lengths.max(initial=0.0), len(weights))
         if hidden is not None:
             attended = self._scratch  # used up
             np.copyto(attended, lengths)

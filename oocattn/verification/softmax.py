@@ -97,7 +97,8 @@ class TileSums:
 class Sums:
     """Rows in float64: `out` [rows, Dv], lse, the sum of weight times |value|, and what float32 may lose of out and lse.
 
-    Where weights are rounded, `chance` is the length that `out` would have by chance, with signs of values drawn at random.
+    `chance` is the norm that `out` would have by chance, with signs of values drawn at random; 0 where weights are not
+    rounded.
     """
 
     out: Array64

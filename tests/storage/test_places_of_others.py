@@ -17,6 +17,7 @@ import oocattn
 from oocattn.errors import ProblemError, ResultExistsError, TaintedError
 from oocattn.storage.journal.store_lock import StoreLock
 from oocattn.storage.paths import ResultPaths
+from oocattn.storage.state_folder import folder_of_url
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -90,8 +91,18 @@ def test_a_folder_with_the_job_state_of_another_result_is_refused(
             call(**other)
     with pytest.raises(ResultExistsError, match="give another folder"):
         oocattn.attention(dataset, **other, overwrite=True)
+    in_memory = {"result": zarr.storage.StorePath(zarr.storage.MemoryStore(), "a"), "lock": "none"}
+    with pytest.raises(ResultExistsError, match="not of a result in a store of this process"):
+        oocattn.attention(dataset, **in_memory, scratch=here / "shared", overwrite=True)
     assert_same_bits(oocattn.resume(**one, engine="inline"), right)
     assert_same_bits(carry_out(plan, dataset, paths_of(other)), right)  # the folder is free again
+
+
+def test_the_docs_name_the_folder_of_a_url(here: Path) -> None:
+    folder = folder_of_url("s3://bucket/out.zarr", None)
+    docs = Path(oocattn.__file__).parents[1] / "docs" / "remote.md"
+    assert folder.parent == here
+    assert f"`{folder.name}`" in docs.read_text()
 
 
 def test_a_run_of_another_folder_is_refused_unless_it_is_to_be_replaced(

@@ -63,6 +63,7 @@ MEANINGS: list[tuple[Exception, Kind]] = [
     (caused(TimeoutError("x"), boto("RequestTimeout", 400)), Kind.TRANSIENT),
     (caused(OSError(errno.EIO, "x"), boto("NoSuchThing", 400)), Kind.PERMANENT),
     (of_library("botocore.NoCredentialsError"), Kind.DENIED),
+    (of_library("botocore.FlexibleChecksumError"), Kind.TRANSIENT),
     (of_library("gcsfs.HttpError", code=503), Kind.TRANSIENT),
     (of_library("gcsfs.HttpError", code="401"), Kind.DENIED),
     (OSError("Forbidden: bucket/x\n"), Kind.DENIED),

@@ -15,17 +15,7 @@ from support import normal_arrays, numpy_type
 
 from oocattn.problem.problem import Problem
 from oocattn.verification.attended import AttendedKeys, attended_ranges
-from oocattn.verification.recompute import (
-    GROUP_ROWS,
-    ExactRow,
-    Tiles,
-    compare_row,
-    error_in_ulps,
-    recompute_bytes,
-    recompute_places,
-    recompute_rows,
-)
-from oocattn.verification.sampling import SampledRow
+from oocattn.verification.recompute import GROUP_ROWS, ExactRow, compare_row, error_in_ulps, recompute_bytes, recompute_rows
 
 HAND_COMPUTED = [  # found, exact, dtype, error in units of the last place, which at 1 is 2^-10, 2^-7 and 2^-23
     (1.0 + 2**-10, 1.0, "float16", 1.0),
@@ -148,21 +138,6 @@ def test_rows_that_are_short_by_chance_show_something() -> None:
     )
     nearly_nothing = replace(rows[0], out=rows[0].out / 1000)
     assert compare_row(problem, nearly_nothing, nearly_nothing.out, rows[0].lse).length < rows[0].chance / 20
-
-
-@pytest.mark.parametrize("repeated", [1, 8])
-def test_of_keys_that_share_counts_no_more_is_allowed(repeated: int) -> None:
-    rng, keys = np.random.default_rng(0), 1 << 17
-    q, *kv = (rng.standard_normal((1, 1, n, 16)).astype("f4") for n in (4, keys // repeated, keys // repeated))
-    arrays = q, *(np.tile(array, (1, 1, repeated, 1)) for array in kv)
-    problem, places = problem_of(arrays), [SampledRow(0, 0, token, ()) for token in range(4)]
-    rows = [
-        list(recompute_places(problem, dataset_of(arrays), places, Tiles(8192, 4, 1, slots=slots), 2.0**-8))
-        for slots in (1 << 10, 1 << 20)
-    ]
-    for few, many in zip(*rows, strict=True):
-        assert few.allowed == pytest.approx(many.allowed, rel=0.3)
-        assert few.lse == many.lse
 
 
 def test_what_sums_lose_of_one_sign_falls_with_the_keys_that_differ() -> None:

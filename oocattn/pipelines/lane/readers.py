@@ -71,23 +71,25 @@ class Readers:
         self._ahead.shutdown()
 
     def _share_out(self, reads: Sequence[Read]) -> list[ReadResult]:
-        """Have each thread take one read after another. To hand over each to a thread would take Python's lock."""
-        found, numbers, failed = dict[int, ReadResult](), iter(range(len(reads))), threading.Event()
+        """Have each thread take one read after another. To hand over each to a thread would take Python's lock.
+
+        Where reads fail, no more begin; the first of them says why.
+        """
+        found, failed = dict[int, ReadResult](), dict[int, BaseException]()
+        numbers = iter(range(len(reads)))
 
         def take() -> None:
-            try:
-                for number in numbers:
-                    if failed.is_set():
-                        break
+            for number in numbers:
+                if failed:
+                    break
+                try:
                     found[number] = self._read(reads[number])
-            except BaseException:
-                failed.set()
-                raise
+                except BaseException as error:
+                    failed[number] = error
 
-        taking = [self._threads.submit(take) for _ in range(min(self._count, len(reads)))]
-        wait(taking)  # none goes on into a slot that is used again
-        for each in taking:
-            each.result()
+        wait([self._threads.submit(take) for _ in range(min(self._count, len(reads)))])
+        if failed:
+            raise failed[min(failed)]
         return [found[number] for number in range(len(reads))]
 
     def _read_ahead(self, reads: Sequence[Read], turn: int, window: Window) -> list[ReadResult]:

@@ -143,7 +143,7 @@ def _read_status(paths: ResultPaths, elsewhere: Holder | None) -> Status:
 
 
 def _last_words(paths: ResultPaths) -> str:
-    """How the last attempt ended that has recorded its end; "" where it was killed, or nothing is known."""
+    """How the last attempt that is recorded ended; "" where it was killed, or nothing is known."""
     with suppress(IntegrityError):
         found = read_attempts(paths)
         if found is not None and found.attempts:

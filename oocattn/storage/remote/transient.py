@@ -151,8 +151,9 @@ def _error(operation: str, url: str, failure: Failure, tries: int, seconds: floa
             f"{tries} tries in {seconds:.0f} s{asked}; check the server and the network, then try again "
             f"({by_face('oocattn.resume', '`oocattn resume`')} for a run)"
         )
-    if failure.kind is Kind.DENIED and operation in ("writing", "removing"):
-        advice = "not allowed: check whether the credentials in the environment may write and remove there"
+    elif failure.kind is Kind.DENIED and operation in ("writing", "removing"):
+        options = by_face("storage_options", "--storage-option")
+        advice = f"not allowed: check whether the credentials, of {options} or the environment, may write and remove there"
     kind = RemoteDeniedError if failure.kind is Kind.DENIED else RemoteError
     return kind(f"{operation} {url} failed: {failure.found}; {advice}")
 

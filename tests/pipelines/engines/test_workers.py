@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import warm
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Scheduler
 from distributed.worker import Worker
 from interrupting import interrupted, kill_at, uninterrupted
 from support import Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
@@ -246,6 +246,32 @@ def test_a_worker_that_dies_before_it_has_a_lane_is_not_waited_for(
         found = carry_out(plan, dataset, result, workers, callbacks=[recorder])
     assert recorder.of("attended")[0].start - began < 20
     assert_same_bits(found, uninterrupted(plan, dataset))
+
+
+def followed(dask_scheduler: Scheduler) -> list[str]:
+    return [name for name in dask_scheduler.plugins if name.startswith("oocattn-lanes")]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_lanes_that_are_gone_are_not_followed_any_more(dataset: Path, result: Path, count: int) -> None:
+    with processes(count) as workers:
+        working = next(iter(workers.run(os.getpid).values()))
+        plan = plan_for(dataset, chunks=7, causal=True, lanes=count)
+        found = carry_out(plan, dataset, result, workers, callbacks=[kill_at(3, working)])
+        assert workers.run_on_scheduler(followed) == []
+    assert found.report is not None
+    assert found.report.workers_lost == 1
+
+
+def test_lanes_that_nobody_follows_are_closed_by_the_next_run(dataset: Path, result: Path, client: Client) -> None:
+    options = {"causal": True, "chunks": 7, "kernel": "cpu"}
+    right = oocattn.attention(dataset, result.with_name("right.zarr"), client=client, **options)
+    with processes(1) as workers:
+        drive = f"import oocattn.pipelines.engines.dask.engine as engine\nengine.FOLLOWED.clear()\n{DRIVE}"
+        assert warm.script(drive, workers.scheduler.address, str(dataset), str(result)).wait() == -signal.SIGKILL
+        assert list(workers.run(lanes_on).values()) == [1]
+        assert_same_bits(oocattn.resume(result, client=workers), right)
+        assert list(workers.run(lanes_on).values()) == [0]
 
 
 def test_lanes_of_a_driver_that_was_killed_are_closed(dataset: Path, result: Path, client: Client) -> None:

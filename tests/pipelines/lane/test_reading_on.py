@@ -18,10 +18,10 @@ from oocattn.storage.inputs.ahead import cut_at_multiples
 class Rows:
     """Rows of a store that lets each read wait; a token is 100 bytes decoded. It notes what is under way."""
 
-    name, direct, of_all_batches, ahead_rows = "q", False, False, 10
+    name, of_all_batches, ahead_rows = "q", False, 10
 
-    def __init__(self, is_remote: bool = True, fails_at: int = -1) -> None:
-        self.is_remote, self._fails_at = is_remote, fails_at
+    def __init__(self, is_remote: bool = True, fails_at: int = -1, *, direct: bool = False) -> None:
+        self.is_remote, self._fails_at, self.direct = is_remote, fails_at, direct
         self._changing = threading.Lock()
         self.under_way = self.most = 0
         self.order: list[int] = []
@@ -47,6 +47,37 @@ def reads_of(rows: Rows, tokens: int) -> tuple[list[Read], NDArray[np.float32]]:
     out = np.zeros(tokens, np.float32)
     parts = cut_at_multiples(range(tokens), rows.ahead_rows)
     return [Read(rows, 0, 0, part, out[part.start : part.stop], 0) for part in parts], out
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_direct_reads_are_shared_out_and_none_begins_after_one_has_failed(threads: int) -> None:
+    for fails_at in (-1, 70):
+        rows = Rows(False, fails_at, direct=True)
+        reads, out = reads_of(rows, 200)
+        readers = Readers(threads, ahead=0, step=lambda: None)
+        if fails_at < 0:
+            assert [not_finite for _, not_finite in readers.carry_out(reads)] == [0] * 20
+            np.testing.assert_array_equal(out, np.arange(200))
+            assert rows.most == 10 * threads
+        else:
+            with pytest.raises(OSError, match="broken"):
+                readers.carry_out(reads)
+            assert rows.under_way == 0  # all that had begun have ended
+            assert len(rows.order) <= 8 + threads
+        readers.close()
+
+
+def test_of_direct_reads_that_fail_the_first_is_told() -> None:
+    class Failing(Rows):
+        def read_rows(self, batch: int, head: int, start: int, stop: int, out: NDArray[Any]) -> None:
+            time.sleep(0.02 if start == 0 else 0)
+            raise OSError(f"broken at {start}")
+
+    reads, _ = reads_of(Failing(False, direct=True), 200)
+    readers = Readers(4, ahead=0, step=lambda: None)
+    with pytest.raises(OSError, match="broken at 0"):
+        readers.carry_out(reads)
+    readers.close()
 
 
 def test_reads_of_a_store_that_waits_fill_the_window_and_no_more() -> None:

@@ -10,6 +10,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.protocol.pickle import dumps
 
 from oocattn.pipelines.engines.dask.departure import end_watch
+from oocattn.pipelines.engines.dask.groups import leave_groups
 from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin, plugin_name
 
 logger = logging.getLogger("oocattn")
@@ -33,7 +34,7 @@ class RunLanes(SchedulerPlugin):
         logger.warning("the driver of run %s is gone: its lanes are closed", self._run)
         call = {"op": "run", "function": dumps(abandon_lane), "args": dumps((self._run,)), "kwargs": dumps({})}
         await scheduler.broadcast(msg=call, on_error="ignore")
-        leave_lanes(self._run, scheduler)
+        _leave_lanes(self._run, scheduler)
 
 
 def follow_lanes(run: str, client: str, dask_scheduler: Scheduler) -> None:
@@ -42,10 +43,15 @@ def follow_lanes(run: str, client: str, dask_scheduler: Scheduler) -> None:
     dask_scheduler.add_plugin(plugin, name=plugin.name)
 
 
-def leave_lanes(run: str, dask_scheduler: Scheduler) -> None:
-    """The run has ended, and closed its lanes."""
-    if _name(run) in dask_scheduler.plugins:
-        dask_scheduler.remove_plugin(_name(run))
+def leave_run(run: str, dask_scheduler: Scheduler) -> None:
+    """The run has ended, and closed its lanes: nothing of it is followed any more."""
+    _leave_lanes(run, dask_scheduler)
+    leave_groups(run, dask_scheduler)
+
+
+def _leave_lanes(run: str, scheduler: Scheduler) -> None:
+    if _name(run) in scheduler.plugins:
+        scheduler.remove_plugin(_name(run))
 
 
 async def abandon_lane(run: str, dask_worker: Worker) -> None:

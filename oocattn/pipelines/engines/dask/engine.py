@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as CallFuture
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.task_spec import Task as DaskTask
@@ -37,7 +36,7 @@ from oocattn.pipelines.engines.base import (
     collect_answers,
     warn_of_failure,
 )
-from oocattn.pipelines.engines.dask.abandoned import follow_lanes, leave_lanes
+from oocattn.pipelines.engines.dask.abandoned import follow_lanes, leave_run
 from oocattn.pipelines.engines.dask.beats import LaneBeats
 from oocattn.pipelines.engines.dask.cluster import (
     answer,
@@ -56,7 +55,7 @@ from oocattn.pipelines.engines.dask.cluster import (
     warn_of_open_ports,
 )
 from oocattn.pipelines.engines.dask.enlisting import Roll, enlist, enlist_again
-from oocattn.pipelines.engines.dask.groups import follow_groups, leave_groups
+from oocattn.pipelines.engines.dask.groups import follow_groups
 from oocattn.pipelines.engines.dask.lane_plugin import plugin_name
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
@@ -76,6 +75,12 @@ Key = tuple[str, int, int]
 """A task's key at the scheduler: group (step and run), head group, index."""
 
 PAUSE_SECONDS = 0.05  # between two looks at whether tasks still execute
+FOLLOWED = {
+    follow_lanes: "lanes stay on workers where a driver dies",
+    follow_groups: "Dask's page of task groups may be wrong",
+}
+"""What follows a run at the scheduler, and what is so without it."""
+
 IMPORT = "__import__('oocattn.pipelines.engines.dask.readiness')"
 """What a worker that has joined evaluates before lanes stop for it: PyTorch takes seconds."""
 
@@ -162,11 +167,11 @@ class DaskLanes(Lanes):
         asked = (self._name, self._run, self._devices)
 
         async def open_lanes() -> None:
-            try:
-                for follow in (follow_lanes, follow_groups):
+            for follow, without in FOLLOWED.items():
+                try:
                     await self._client.run_on_scheduler(follow, self._name, self._client.id)
-            except Exception as error:  # whatever a scheduler that lacks oocattn raises: the run does without
-                logger.info("Dask's page of task groups may be wrong, and lanes stay where a driver dies: %s", error)
+                except Exception as error:  # whatever a scheduler that lacks oocattn raises: the run does without
+                    logger.info("%s: %s", without, error)
             await self._client.run(open_lane, *asked, workers=self.workers)
 
         return begin(self._client, open_lanes)
@@ -247,10 +252,10 @@ class DaskLanes(Lanes):
     def close(self, seconds: float) -> None:
         workers = self._living_workers(seconds)
         self._ask(close_lane, workers, seconds, NOT_CLOSED)
-        if workers:
-            for leave in (leave_lanes, leave_groups):
-                with suppress(Exception):  # the scheduler is gone, or silent
-                    answer(self._client, partial(self._client.run_on_scheduler, leave, self._name), seconds)
+        if self.is_here:
+            with suppress(Exception):  # the scheduler is gone, or silent
+                check_scheduler(self._client)
+                answer(self._client, lambda: self._client.run_on_scheduler(leave_run, self._name), seconds)
         with suppress(Exception):  # the client is closed
             self._client.unsubscribe_topic(plugin_name(self._name))
 

@@ -169,7 +169,7 @@ def _ask(
     calls = ask_each(client, workers, ANSWER_SECONDS, check, function, *arguments)
     answers = {address: _answer_of(call) for address, call in calls.items()}
     if any(isinstance(each, OSError) and not isinstance(each, TimeoutError) for each in answers.values()):
-        time.sleep(GONE_SECONDS)  # a connection broke: the scheduler may not have heard yet that its worker is gone
+        time.sleep(GONE_SECONDS)  # a connection broke: the scheduler may not know yet that the worker is gone
     there = living_workers(client) if calls else []
     return {address: each for address, each in answers.items() if address in there}
 
