@@ -73,9 +73,10 @@ def compute(cluster: Cluster, asked: argparse.Namespace) -> oocattn.Result:
     """Compute causal attention on up to so many jobs of a cluster, or go on with it."""
     cluster.adapt(minimum=asked.jobs, maximum=asked.jobs)  # jobs that end are submitted again
     half, began = oocattn.units.parse_size(asked.memory) // 2, time.monotonic()
+    first = asked.jobs if asked.start_with is None else max(1, min(asked.start_with, asked.jobs))
     with Client(cluster) as client:
         try:
-            client.wait_for_workers(min(asked.start_with or asked.jobs, asked.jobs), timeout=asked.time_limit)
+            client.wait_for_workers(first, timeout=asked.time_limit)
         except TimeoutError as error:
             raise oocattn.TimeLimitError(f"in the queue: {error}") from error
         left = asked.time_limit and max(1.0, asked.time_limit - (time.monotonic() - began))

@@ -26,21 +26,7 @@ all heads are read where they lie between, or a chunk is decoded."""
 CHECKED_BYTES, PIECE_BYTES, CHECK_THREADS = 16 << 20, 256 << 10, 8
 """Bytes that one checksum is of, bytes that are copied for it at a time, and threads that do, at most."""
 
-
 _BLOCK = 1 << 16  # elements of temporary arrays, which stay small
-
-
-def count_not_finite(array: NDArray[Any]) -> int:
-    """Count the NaN and Inf: exponent bits all ones, so as integers the largest of either sign: two maxima tell of none."""
-    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
-    unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
-    bits: NDArray[Any] = array.reshape(-1).view(unsigned)
-    with_sign: NDArray[Any] = bits.view(signed)
-    sign = 1 << (8 * array.itemsize - 1)
-    if not len(bits) or (int(np.max(bits)) < sign + exponent and int(np.max(with_sign)) < exponent):
-        return 0
-    mask = bits.dtype.type(exponent)
-    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(_BLOCK, len(bits), _BLOCK)))
 
 
 def check_dtype(name: str, label: str, dtype: np.dtype[Any] | str) -> None:
@@ -140,3 +126,16 @@ def _checksums(source: TensorSource, span: _Span) -> dict[tuple[int, int, int], 
         for head, part in zip(heads, parts, strict=True):
             found[head] = zlib.crc32(part.reshape(-1).view(np.uint8).data, found[head])
     return {(batch, head, start): number for head, number in found.items()}
+
+
+def count_not_finite(array: NDArray[Any]) -> int:
+    """Count the NaN and Inf: exponent bits all ones, so as integers the largest of either sign: two maxima tell of none."""
+    exponent = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}[array.dtype.name]
+    unsigned, signed = (np.uint16, np.int16) if array.itemsize == 2 else (np.uint32, np.int32)
+    bits: NDArray[Any] = array.reshape(-1).view(unsigned)
+    with_sign: NDArray[Any] = bits.view(signed)
+    sign = 1 << (8 * array.itemsize - 1)
+    if not len(bits) or (int(np.max(bits)) < sign + exponent and int(np.max(with_sign)) < exponent):
+        return 0
+    mask = bits.dtype.type(exponent)
+    return sum(int(np.count_nonzero((part & mask) == mask)) for part in np.split(bits, range(_BLOCK, len(bits), _BLOCK)))
