@@ -105,12 +105,13 @@ class Attempt:
         with naming(SET_UP), self._prefer_worker_lost():
             opening = self._lanes.open()
             try:
+                self._wait(opening, PROGRESS_SECONDS)
                 while not opening.done():
-                    self._wait(opening, PROGRESS_SECONDS)
                     self._check_workers()  # for one that has died Dask would wait half a minute
+                    self._wait(opening, PROGRESS_SECONDS)
                 opening.result()
             finally:
-                opening.cancel()
+                opening.cancel()  # or lanes would be opened after their end
         self._standstill.begin()
 
     def _run_to_completion(self) -> None:

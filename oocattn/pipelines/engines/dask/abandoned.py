@@ -11,7 +11,8 @@ from distributed.protocol.pickle import dumps
 
 from oocattn.pipelines.engines.dask.departure import end_watch
 from oocattn.pipelines.engines.dask.groups import leave_groups
-from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin, plugin_name
+from oocattn.pipelines.engines.dask.lane_plugin import plugin_name
+from oocattn.pipelines.engines.dask.tasks import find_plugin
 
 logger = logging.getLogger("oocattn")
 
@@ -56,8 +57,8 @@ def _leave_lanes(run: str, scheduler: Scheduler) -> None:
 
 async def abandon_lane(run: str, dask_worker: Worker) -> None:
     """Close the lane of a run on this worker, if there is one; what it holds in memory alone is lost."""
-    plugin = dask_worker.plugins.get(plugin_name(run))
-    if isinstance(plugin, LanePlugin):
+    plugin = find_plugin(run, dask_worker)
+    if plugin is not None:
         plugin.abandon()
         await dask_worker.plugin_remove(plugin_name(run))
         await end_watch(dask_worker)
