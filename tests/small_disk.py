@@ -5,6 +5,7 @@ unshare --user --map-root-user --mount python tests/small_disk.py FOLDER PARTIAL
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ def mount(disk: Path, kibibytes: int, *options: str) -> None:
 def main(folder: Path, cases: list[tuple[str, int]]) -> None:
     """A run on a disk of so many KiB fails, and is resumed once there is room."""
     folder.mkdir(exist_ok=True)
+    logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
     dataset = write_dataset(folder / "dataset.zarr", normal_arrays(300, heads=4, kv_heads=2, head_dim=32))
     right = carry_out(plan_for(dataset, chunks=13, causal=True), dataset, folder / "right.zarr")
     for partials, kibibytes in cases:

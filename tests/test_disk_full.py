@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def test_a_run_on_a_small_disk_goes_on_once_there_is_room(
 ) -> None:
     printed = said[partials, kibibytes]
     assert "failed: [Errno 28] no space left for the result and its partials; make room and resume" in printed
+    assert re.search(r"^WARNING .*: the result takes 155 KiB and \d+ KiB is free on its disk: make room", printed)
     assert "left half written: 0" in printed
     assert "interrupted: " in printed
     assert f"beside it: {sorted(BESIDE)}" in printed

@@ -25,8 +25,8 @@ from support import BESIDE, Recorder, assert_same_bits, carry_out, normal_arrays
 import oocattn
 from oocattn import Event, OocattnError, Result
 from oocattn.pipelines import failing
-from oocattn.planning.host import UNKNOWN_DISK, free_disk
 from oocattn.storage.files import operations
+from oocattn.storage.files.folders import UNKNOWN_DISK, free_disk
 from oocattn.storage.files.operations import words_of
 from oocattn.storage.journal import lock
 from oocattn.storage.make.importing import import_arrays

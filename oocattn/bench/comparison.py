@@ -36,11 +36,11 @@ from oocattn.bench.resident import Fa3Call, ResidentCall, fa3_library
 from oocattn.errors import OocattnError, ProblemError
 from oocattn.naming import named
 from oocattn.pipelines.engines.dask.local_cluster import local_client
-from oocattn.planning.host import free_disk
 from oocattn.planning.measure import choose_device, count_lanes
 from oocattn.planning.plan import Plan
 from oocattn.problem.arrays import DTYPES
 from oocattn.problem_arguments import PROBLEM_OPTIONS
+from oocattn.storage.files.folders import free_disk
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.locations import output_path
 from oocattn.storage.make.synth import DATASET_OPTIONS, synthesise

@@ -53,7 +53,7 @@ from oocattn.planning.candidates import Choices
 from oocattn.planning.measure import plan_here
 from oocattn.planning.plan import Plan
 from oocattn.records import to_json
-from oocattn.storage.files.folders import bytes_in, is_taken
+from oocattn.storage.files.folders import bytes_in, free_disk, is_taken
 from oocattn.storage.inputs.dataset import Dataset
 from oocattn.storage.inputs.opening import InputsLike
 from oocattn.storage.make.create import out_dimensions
@@ -62,6 +62,7 @@ from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.results.growing import Layout, RunState
 from oocattn.storage.results.locking import fetch_state, hold_lock, remove_state
 from oocattn.storage.results.marks import describe_mark, mark_of_other
+from oocattn.units import format_bytes
 from oocattn.version import versions
 
 logger = logging.getLogger("oocattn")
@@ -97,6 +98,7 @@ class _Session:
         described["dataset"]["samples"] = request.dataset.samples
         attributes = {**described, "plan": _decided(plan), "versions": made_with}
         growing = self.state.begin(_layout(plan, attributes), overwrite=request.overwrite)
+        _warn_of_space(plan, self.state.paths)
         for found in passes_over(self.state.paths):  # over a result that is replaced, or was removed
             with warn_of_failure(f"{found.result} was not removed"), judging(found, 0.0):
                 remove_pass(found, self.until)
@@ -256,6 +258,18 @@ def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
     problem = plan.problem
     names = out_dimensions(problem)
     return Layout(problem.out_shape, problem.out_dtype, plan.out_chunk_rows, attributes, problem.given, names)
+
+
+def _warn_of_space(plan: Plan, paths: ResultPaths) -> None:
+    """Say so where the disk has no room for the result now: others may make some while the run computes."""
+    needed, free = math.ceil(plan.link("write").amount), free_disk(paths.state)
+    if paths.stored is None and needed > free:
+        logger.warning(
+            "%s: the result takes %s and %s is free on its disk: make room, or the run ends before it is complete",
+            paths.result,
+            format_bytes(needed),
+            format_bytes(free),
+        )
 
 
 def _decided(plan: Plan) -> dict[str, Any]:

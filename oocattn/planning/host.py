@@ -1,9 +1,8 @@
-"""What the host of a run has: memory, disk, and what a small durable file costs there."""
+"""What the host of a run has: memory, and what a small durable file costs there."""
 
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import time
 from contextlib import suppress
@@ -20,9 +19,7 @@ from oocattn.planning.machine import FILE_SECONDS, Hardware
 from oocattn.planning.memory import PAGE
 from oocattn.planning.timing import undisturbed_seconds
 from oocattn.storage.files.durable import write_durably
-from oocattn.storage.files.operations import name_failure
-
-UNKNOWN_DISK = 1 << 60  # free bytes of a file system that does not say how many it has
+from oocattn.storage.files.folders import existing
 
 FILE_MOMENT, MOST_FILES = 0.1, 16
 """Seconds after which no more files are written to measure what one costs, and how many at most."""
@@ -45,7 +42,7 @@ def container_limits() -> list[int]:
 def file_seconds(folder: Path) -> float:
     """Seconds that a small durable file costs where `folder` is or will be; `FILE_SECONDS` where none can be written."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=_existing(folder)) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".oocattn-", dir=existing(folder)) as temporary:
             seconds: list[float] = []
             began = time.perf_counter()
             while len(seconds) < MOST_FILES and (len(seconds) < 4 or time.perf_counter() - began < FILE_MOMENT):
@@ -54,14 +51,6 @@ def file_seconds(folder: Path) -> float:
     except (OSError, IntegrityError):
         return FILE_SECONDS
     return max(sorted(seconds)[len(seconds) // 8], 1e-6)  # threads of the system that write wait for a core unseen
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    with name_failure("look at", folder):
-        while not folder.exists():
-            folder = folder.parent
-    return folder
 
 
 def round_to_power(found: float) -> float:
@@ -79,12 +68,3 @@ def round_rates(hardware: Hardware) -> Hardware:
         reread_rate=round_to_power(hardware.reread_rate),
         file_seconds=round_to_power(hardware.file_seconds),
     )
-
-
-def free_disk(folder: Path) -> int:
-    """Free bytes where `folder` is or will be; `UNKNOWN_DISK` where the file system says none, as some in user space do."""
-    folder = _existing(folder)
-    try:
-        return shutil.disk_usage(folder).free or UNKNOWN_DISK
-    except OSError:
-        return UNKNOWN_DISK

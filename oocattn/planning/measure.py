@@ -32,7 +32,7 @@ from oocattn.kernels.registry import (
 )
 from oocattn.kernels.state import AttentionState
 from oocattn.planning.candidates import Choices, make_plan, overhead_warning
-from oocattn.planning.host import UNKNOWN_DISK, default_host_memory, file_seconds, free_disk, round_rates
+from oocattn.planning.host import default_host_memory, file_seconds, round_rates
 from oocattn.planning.kernel_rates import SETTLING_SECONDS, Sample, kernel_rate
 from oocattn.planning.layout import call_size
 from oocattn.planning.machine import FILE_SECONDS, MAX_LANES, TASK_SECONDS, Device, Engine, Hardware, reread_rate
@@ -45,6 +45,7 @@ from oocattn.planning.recosting import recost
 from oocattn.planning.sharing import cores_of_lanes, lane_threads, share_machine, with_lanes
 from oocattn.problem.mask import Mask
 from oocattn.problem.problem import Problem
+from oocattn.storage.files.folders import UNKNOWN_DISK, free_disk
 from oocattn.storage.inputs.dataset import Dataset
 
 logger = logging.getLogger("oocattn")

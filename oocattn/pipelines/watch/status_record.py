@@ -132,7 +132,7 @@ class Status(Shown):
         if self.error:
             lines.append(f"it ended: {self.error}")
         if self.state == "interrupted":
-            gone = "" if self.error else "its process was killed, or the machine went down; "
+            gone = "" if self.error else "its process was killed, the machine went down or its disk was full; "
             lines += [f"{gone}{left}; no process works on it", *self._next()]
         return "\n".join(map(printable, lines))
 

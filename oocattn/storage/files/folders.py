@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,8 @@ GROUP = (
 )
 """The files of a Zarr group: its metadata and chunks, and what a write that was killed has left of them."""
 
+UNKNOWN_DISK = 1 << 60
+"""Free bytes of a file system that does not say how many it has, as some in user space do."""
 
 _HELD = re.compile(r"\.(nfs|fuse_hidden)[0-9a-f]+")
 """The name that a network file system gives a file of ours that was removed while it was open: gone when that is closed."""
@@ -123,6 +126,23 @@ def bytes_in(path: Path) -> int:
                 status = entry.stat(follow_symlinks=False)
                 found += status.st_size if stat.S_ISREG(status.st_mode) else 0
     return found
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    with name_failure("look at", folder):
+        while not folder.exists():
+            folder = folder.parent
+    return folder
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes where `folder` is or will be; `UNKNOWN_DISK` where the file system says none."""
+    folder = existing(folder)
+    try:
+        return shutil.disk_usage(folder).free or UNKNOWN_DISK
+    except OSError:
+        return UNKNOWN_DISK
 
 
 def pattern_of(ours: Sequence[str]) -> re.Pattern[str]:

@@ -85,7 +85,7 @@ def test_a_run_that_was_killed_says_that_its_process_is_gone_and_what_is_on_disk
     assert str(killed).splitlines() == [
         "interrupted: 4 of 10 subproblems are on disk, 400 of 1,000 tokens (40%)",
         "5 GiB read, 0 B of partials, 0 B written",
-        "its process was killed, or the machine went down; about 90 s left; no process works on it",
+        "its process was killed, the machine went down or its disk was full; about 90 s left; no process works on it",
     ]
 
 
