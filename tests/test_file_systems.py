@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from support import BESIDE, Recorder, assert_same_bits, carry_out, normal_arrays, plan_for, write_dataset
 
 import oocattn
-from oocattn import Event, OocattnError, Result
+from oocattn import Event, OocattnError, Result, TaskError
 from oocattn.pipelines import failing
 from oocattn.storage.files import operations
 from oocattn.storage.files.folders import UNKNOWN_DISK, free_disk
@@ -224,6 +224,23 @@ def test_a_finished_chunk_that_cannot_be_read_is_computed_again(
         found = oocattn.resume(result, engine="inline")
     assert_same_bits(found, good)
     assert "is not known to be as it was written (cannot read" in caplog.text
+
+
+@pytest.mark.parametrize(("folder", "name"), [("partials", "partial-"), ("finished", "0-"), ("out", "c.")])
+def test_what_cannot_be_read_for_a_moment_is_neither_damaged_nor_removed(
+    dataset: Path, good: Result, result: Path, folder: str, name: str
+) -> None:
+    interrupt(dataset, result)
+    state = result.with_name("result.zarr.oocattn")
+    within = next(state.glob("result-*.zarr")) / folder if folder == "out" else state / folder
+    before = sorted(os.listdir(within))
+    assert before
+    with refusing(within / name, "open", errno.ESTALE), pytest.raises((OSError, TaskError), match="Stale file handle"):
+        oocattn.resume(result, engine="inline")
+    assert sorted(os.listdir(within)) == before
+    found = oocattn.resume(result, engine="inline", check_finished=True)
+    assert_same_bits(found, good)
+    assert (found.report.recomputed, found.report.chunks_before, found.report.chunks_compared) == (0, 1, 1)
 
 
 class OtherNumbers:

@@ -19,7 +19,7 @@ from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId
 from oocattn.pipelines.schedule import CompletedWork
 from oocattn.planning.plan import Plan
 from oocattn.records import Count, from_json
-from oocattn.storage.files.operations import words_of
+from oocattn.storage.files.operations import shows_damage, words_of
 from oocattn.storage.journal.blocks import is_whole
 from oocattn.storage.journal.journal import ChunkId, Journal
 from oocattn.storage.results.checksums import DIGITS, Checksums, Digits
@@ -98,7 +98,8 @@ def compare_finished(
 ) -> Compared:
     """Compare the checksums of finished chunks, those written last first, for so many seconds, or until that is enough.
 
-    What does not match is removed from the result, so that it is computed again.
+    What does not match, or is lost, is removed from the result, so that it is computed again. Raises OSError where neither
+    is known.
     """
     records = finished_chunks(plan, journal)
     listed = result.listed() if records else result
@@ -112,6 +113,8 @@ def compare_finished(
         try:
             wrong = "" if _matches(plan, result, place, record) else "is not as it was written"
         except OSError as error:
+            if not shows_damage(error):
+                raise
             wrong = f"is not known to be as it was written ({words_of(error)})"
         if wrong:
             damaged += 1

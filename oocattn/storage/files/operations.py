@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from oocattn.errors import IntegrityError
 from oocattn.naming import named
 from oocattn.text import printable
 
@@ -20,6 +21,9 @@ UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENO
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What it answers where there is no room for more: on it, or for its user."""
+
+LOST = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
+"""What it answers where it has lost what it should read, or finds that damaged itself."""
 
 _GONE = "its file system is away: mount it again, and try again"
 
@@ -96,6 +100,11 @@ def describe_error(error: BaseException) -> str:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error means that a disk, or a user's quota, is full."""
     return isinstance(error, OSError) and error.errno in FULL
+
+
+def shows_damage(error: BaseException) -> bool:
+    """Whether an error means that bytes at rest are lost or damaged: one that may pass says nothing of them."""
+    return isinstance(error, IntegrityError) or (isinstance(error, OSError) and error.errno in LOST)
 
 
 def warn_once(device: int, lacking: str, message: str, *arguments: object) -> None:

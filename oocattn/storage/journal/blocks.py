@@ -21,6 +21,7 @@ import numpy.typing as npt
 from oocattn.errors import IntegrityError
 from oocattn.records import Count, from_json
 from oocattn.storage.files.durable import decode_record, encode_record, write_durably
+from oocattn.storage.files.operations import name_failure, shows_damage
 from oocattn.storage.files.regular import open_regular
 from oocattn.units import ceil_div
 
@@ -79,7 +80,7 @@ def read_blocks(path: Path, blocks: Sequence[Block]) -> Iterator[int]:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file can be read and its blocks match their checksums."""
+    """Whether the blocks of a file match their checksums. Raises OSError where that is not known."""
     step = bytearray(_STEP)
     try:
         with _open_blocks(path) as file:
@@ -89,7 +90,9 @@ def is_whole(path: Path) -> bool:
                     checksum, left = zlib.crc32(memoryview(step)[:count], checksum), left - count
                 if left or checksum != expected:
                     return False
-    except (IntegrityError, OSError):
+    except (IntegrityError, OSError) as error:
+        if not shows_damage(error):
+            raise
         return False
     return True
 
@@ -97,7 +100,11 @@ def is_whole(path: Path) -> bool:
 @contextmanager
 def _open_blocks(path: Path) -> Iterator[BufferedReader]:
     try:
-        with open_regular(path, follow=False) as descriptor, open(descriptor, "rb", closefd=False) as file:
+        with (
+            open_regular(path, follow=False) as descriptor,
+            open(descriptor, "rb", closefd=False) as file,
+            name_failure("read", path),
+        ):
             yield file
     except FileNotFoundError:
         raise IntegrityError(f"{path}: the file is missing") from None

@@ -18,7 +18,7 @@ from oocattn.errors import IntegrityError
 from oocattn.naming import setting
 from oocattn.storage.files.durable import encode_record, read_record, sync, write_record
 from oocattn.storage.files.folders import JOURNAL, names_in, remove_ours
-from oocattn.storage.files.operations import name_failure
+from oocattn.storage.files.operations import name_failure, shows_damage
 from oocattn.storage.journal.claims import Claim
 from oocattn.text import printable
 
@@ -90,13 +90,17 @@ class Journal:
         return len(self._names())
 
     def finished(self) -> dict[ChunkId, dict[str, Any]]:
-        """The whole records of this run's finished chunks."""
+        """The whole records of this run's finished chunks. Raises OSError where it is not known which are whole."""
         found = {}
         for name in self._names():
             try:
                 head_group, chunk = map(int, name.removesuffix(".json").split("-"))
                 record = read_record(self._folder / name)
-            except (ValueError, IntegrityError, OSError):
+            except (FileNotFoundError, ValueError):  # removed in between, or not a name of ours
+                continue
+            except (IntegrityError, OSError) as error:
+                if not shows_damage(error):
+                    raise
                 continue
             if record.pop("run", None) == self.run:
                 found[head_group, chunk] = record

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from oocattn.errors import IntegrityError
 from oocattn.kernels.state import AttentionState
 from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
@@ -17,7 +16,7 @@ from oocattn.pipelines.lane.partials.store import (
     of_chunk,
 )
 from oocattn.planning.plan import Plan
-from oocattn.storage.files.operations import words_of
+from oocattn.storage.files.operations import shows_damage, words_of
 
 MergeStates = Callable[[AttentionState, AttentionState], None]
 """Merge the second state, free afterwards, into the first; both on the host."""
@@ -61,8 +60,10 @@ class DiskPartials:
                 with self._files.fetched(partial):
                     not_finite += self._files.not_finite(partial)
                     self._merge(partial, state)
-            except (IntegrityError, OSError) as error:
+            except BaseException as error:
                 self._accumulators.give_back(head_group, chunk)
+                if not shows_damage(error):
+                    raise
                 self._files.remove(partial)
                 raise DamagedPartialError(words_of(error), head_group, chunk, subproblem) from error
         return MergedChunk(state, not_finite)

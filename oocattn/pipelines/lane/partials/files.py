@@ -19,6 +19,7 @@ import numpy.typing as npt
 from oocattn.errors import IntegrityError
 from oocattn.planning.memory import PARTIAL_BLOCK_ROWS
 from oocattn.storage.files.folders import names_in, remove_file
+from oocattn.storage.files.operations import shows_damage
 from oocattn.storage.journal.blocks import read_blocks, read_label, write_blocks
 from oocattn.storage.journal.claims import Claim
 
@@ -85,7 +86,9 @@ class PartialFiles:
         """Whether the sums of a partial are there, by what their file says of itself."""
         try:
             return read_label(self._sums_path(partial)) == self._label(partial)
-        except (IntegrityError, OSError):
+        except (IntegrityError, OSError) as error:
+            if not shows_damage(error):
+                raise
             return False
 
     def read_sums(self, partial: PartialId, buffers: Sequence[npt.NDArray[np.float64]]) -> None:
@@ -126,7 +129,7 @@ class PartialFiles:
             self.mirror.drop(path)
 
     def scan(self) -> Iterator[tuple[Path, PartialId | None]]:
-        """Yield every file with its partial; None if it is damaged or of another run."""
+        """Yield every file with its partial; None if damaged or of another run. Raises OSError where that is unknown."""
         for name in names_in(self.folder):
             if _NAME.fullmatch(name):
                 yield self.folder / name, self._read_id(self.folder / name)
@@ -146,8 +149,11 @@ class PartialFiles:
             partial = PartialId(label["head_group"], label["chunk"], tuple(label["subproblems"]))
             if label["run"] == self.run and self.path(partial) == path:
                 return partial
-        except (IntegrityError, OSError, KeyError, TypeError, IndexError):
+        except (KeyError, TypeError, IndexError):
             pass
+        except (IntegrityError, OSError) as error:
+            if not shows_damage(error):
+                raise
         return None
 
     def _label(self, partial: PartialId) -> dict[str, Any]:

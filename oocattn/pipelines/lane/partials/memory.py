@@ -12,7 +12,7 @@ from oocattn.pipelines.lane.memory import States
 from oocattn.pipelines.lane.partials.files import PartialFiles, PartialId, row_blocks
 from oocattn.pipelines.lane.partials.store import Accumulators, DamagedPartialError, Destination, MergedChunk, Sums
 from oocattn.planning.plan import Plan
-from oocattn.storage.files.operations import words_of
+from oocattn.storage.files.operations import shows_damage, words_of
 
 Place = tuple[int, int]  # a head group and one of its query chunks
 
@@ -152,8 +152,10 @@ class MemoryPartials:
                     not_finite = self._files.not_finite(partial)
                     for _ in self._files.read(partial, row_blocks(state)):
                         pass
-            except (IntegrityError, OSError) as error:
+            except BaseException as error:
                 self._accumulators.give_back(*place)
+                if not shows_damage(error):
+                    raise
                 self._files.remove(partial)
                 raise DamagedPartialError(words_of(error), *place, partial.subproblems[0]) from error
         with self._changed:
