@@ -17,7 +17,7 @@ from support import assert_same_bits, carry_out, normal_arrays, plan_for, replan
 
 import oocattn
 from oocattn.cli.doctor import kernel_error
-from oocattn.planning.kernel_rates import kernel_rate
+from oocattn.planning.kernel_rates import measured_rate
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def test_a_run_and_its_certificate_are_those_of_a_plain_call(fast_path: Path, se
     options: dict[str, Any] = {"causal": True, "chunks": 7, "decomposition": "cqs"}
     plain = oocattn.attention(dataset, fast_path / "plain.zarr", **options)
     expected = oocattn.verify(plain.path, rows=8)
-    kernel_rate.cache_clear()  # so that it is measured within
+    measured_rate.cache_clear()  # so that it is measured within
     with SETTINGS[setting]():
         found = oocattn.attention(dataset, fast_path / "found.zarr", **options)
         certificate = oocattn.verify(found.path, rows=8)

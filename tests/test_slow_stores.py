@@ -152,6 +152,18 @@ def test_what_is_read_ahead_keeps_the_budget(
     assert not oocattn.plan(inputs, host_memory="4GiB").inputs.ahead  # a local folder is read as before
 
 
+@pytest.mark.parametrize(("budget", "ahead"), [("160MiB", True), ("64MiB", False)])
+def test_a_small_budget_reads_ahead_while_there_is_room_for_it(
+    tmp_path: Path, bucket: dict[str, Any], slow: tuple[SlowStore, dict[str, Any]], budget: str, ahead: bool
+) -> None:
+    inputs = write_inputs(tmp_path / "qkv.zarr", **STORED["plain"])
+    upload(inputs, bucket, "small.zarr")
+    plan = oocattn.plan(f"s3://{BUCKET}/small.zarr", host_memory=budget, storage_options=slow[1])
+    assert (plan.inputs.ahead > 0) is ahead
+    assert ("are read ahead" in str(plan)) is ahead
+    assert ("no room to read ahead" in str(plan)) is not ahead
+
+
 def rate_of_a_plain_reader(store: SlowStore, options: dict[str, Any], prefix: str, number: int) -> float:
     """Bytes per second at which 16 threads of boto3 read the first so many objects, besides the first wait."""
     found = client_of(options).list_objects_v2(Bucket=BUCKET, Prefix=prefix)["Contents"]

@@ -91,7 +91,6 @@ class Sample(NamedTuple):
         return of_second_pass(found, self.second_pass.of_sample(rows, keys), shift)
 
 
-@lru_cache
 def kernel_rate(
     name: str, sample: Sample, rows: int = 1024, keys: int = 2048, device: str | None = None, *, settled: bool = False
 ) -> float:
@@ -103,10 +102,15 @@ def kernel_rate(
     `device` defaults to the type that the kernel is for.
     """
     where = torch.device(device or device_type(name))
+    return measured_rate(name, sample, rows, keys, where, torch.get_num_threads() if where.type == "cpu" else 1, settled)
+
+
+@lru_cache
+def measured_rate(name: str, sample: Sample, rows: int, keys: int, where: torch.device, cores: int, settled: bool) -> float:
+    """As `kernel_rate`, on so many cores of a CPU."""
     call = name, sample, rows, keys
     flops = 2.0 * rows * keys * (sample.head_dim + sample.columns)
     if where.type == "cpu":
-        cores = torch.get_num_threads()
         with plain_threads(cores, "oocattn-time", 1) as threads:
             timed = [threads.submit(_time_calls, *call, where) for _ in range(cores)]
             return sum(flops / max(min(each.result()), 1e-9) for each in timed)  # a clock may be too coarse

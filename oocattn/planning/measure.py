@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from oocattn.cores import Cores, FindCores, usable_cores
-from oocattn.errors import ProblemError
+from oocattn.errors import BudgetError, ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
 from oocattn.kernels.intervals import make_intervals
@@ -169,15 +169,21 @@ def plan_here(
     make = partial(
         make_plan,
         problem,
-        inputs=input_cost(dataset, problem, host_memory),
         chunks=choices.chunks,
         decomposition=choices.decomposition,
         preferred=choices.preferred,
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
         to_store=to_store,
     )
-    budgets = device_memory, host_memory
-    chosen = share_machine(round_rates(hardware), cores, budgets, make)
+    share = partial(share_machine, round_rates(hardware), cores, (device_memory, host_memory))
+    inputs = input_cost(dataset, problem, host_memory)
+    try:
+        chosen = share(partial(make, inputs=inputs))
+    except BudgetError:
+        if not inputs.ahead:
+            raise
+        inputs = input_cost(dataset, problem, host_memory, ahead=False)
+        chosen = share(partial(make, inputs=inputs))
     hardware = with_lanes(hardware, chosen.machine)
     plan = recost(replace(chosen, machine=hardware.machine), hardware.scratch_bytes)
     warning = overhead_warning(plan, hardware)

@@ -55,8 +55,8 @@ WAITS_AHEAD = 5
 """How many times what comes in the time that a request waits is read ahead. Reads that began together end together, and the
 next ones wait together: the more bytes are under way, the less of the time that is."""
 
-AHEAD_SHARE = 0.25
-"""Share of the host memory that decoding what is read ahead may take."""
+AHEAD_SHARE, SCANT_SHARE = 0.25, 0.5
+"""Share of the host memory that decoding what is read ahead may take, and so few bytes."""
 
 ASSUMED_RATE = 1e9  # bytes per second where nothing was measured: local disks read and write some 1 to 2.5 GB/s
 
@@ -141,8 +141,11 @@ def _bytes_from_disks() -> float:
         return math.nan
 
 
-def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCost:
-    """Measure what reading costs beyond its bytes; assume it where that takes more than `host_memory`: no plan fits."""
+def input_cost(dataset: Dataset, problem: Problem, host_memory: int, *, ahead: bool = True) -> InputCost:
+    """Measure what reading costs beyond its bytes; assume it where that takes more than `host_memory`: no plan fits.
+
+    What a store lets wait is read ahead, unless `ahead` is false, or the memory has no room for it.
+    """
     used = [array for name, array in dataset.arrays.items() if name in ("q", "k", "v") or problem.bias_heads]
     slow = [array for array in used if not array.direct]
     tensors = [dataset.arrays[name] for name in ("q", "k", "v")]
@@ -155,26 +158,30 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int) -> InputCos
         return replace(found, notes=recorded)
     remote = [array for array in slow if array.is_remote]
     latency = _latency(remote)
-    ahead = _most_ahead(remote, host_memory) if latency > SHORT_LATENCY else 0
-    alone = [array for array in slow if not (ahead and array.is_remote)]
+    waits = latency > SHORT_LATENCY
+    most = _most_ahead(remote, host_memory) if waits and ahead else 0
+    alone = [array for array in slow if not (most and array.is_remote)]
     found_alone = {array.spec.name: read_rate(array, problem, host_memory) for array in alone}
     rates = {name: each.rate for name, each in found_alone.items()}
-    if ahead:
-        rate = read_rate_ahead(remote, problem, host_memory, ahead, latency)
+    if most:
+        rate = read_rate_ahead(remote, problem, host_memory, most, latency)
         rates |= {array.spec.name: rate for array in remote}
     decoded = tuple(
-        f"{array.spec.name} is {array.describe()}: that bounds reading to {rates[array.spec.name] / 1e9:.2g} GB/s"
-        for array in slow
+        f"{array.spec.name} is {array.describe()}, {rates[array.spec.name] / 1e9:.2g} GB/s" for array in slow
     )
     from_disk = any(each.from_disk for each in found_alone.values())
     align_rows = max(array.chunk_rows for array in slow)
-    found = replace(found, decode_rate=min(rates.values()), align_rows=align_rows, from_disk=from_disk)
-    if not ahead:
-        return replace(found, notes=recorded + decoded)
-    ahead = min(ahead, max(LEAST_AHEAD, 1 << math.ceil(WAITS_AHEAD * latency * rate).bit_length()))
-    memory = max(found.decode_bytes, *(array.decode_bytes_ahead(ahead) for array in remote))
-    words = f"requests wait {latency * 1e3:.0f} ms: {format_bytes(ahead)} are read ahead"
-    return replace(found, decode_bytes=memory, latency=latency, ahead=ahead, notes=(*recorded, *decoded, words))
+    amounts = {array.spec.name: _nbytes(array, problem) for array in slow}
+    overall = sum(amounts.values()) / sum(amounts[name] / rate for name, rate in rates.items())
+    found = replace(found, decode_rate=overall, align_rows=align_rows, from_disk=from_disk)
+    words = f"requests wait {latency * 1e3:.0f} ms"
+    if not most:
+        scant = [f"{words}, and the host memory has no room to read ahead"] if waits else []
+        return replace(found, notes=(*recorded, *decoded, *scant))
+    most = min(most, max(LEAST_AHEAD, 1 << (math.ceil(WAITS_AHEAD * latency * rate) - 1).bit_length()))
+    memory = max(found.decode_bytes, *(array.decode_bytes_ahead(most) for array in remote))
+    words += f": {format_bytes(most)} are read ahead"
+    return replace(found, decode_bytes=memory, latency=latency, ahead=most, notes=(*recorded, *decoded, words))
 
 
 def _latency(remote: Sequence[TensorSource]) -> float:
@@ -189,10 +196,12 @@ def _latency(remote: Sequence[TensorSource]) -> float:
 
 def _most_ahead(remote: Sequence[TensorSource], host_memory: int) -> int:
     """The most bytes that may be read ahead: decoding them takes a share of the host memory; 0 where no read does."""
-    ahead = MOST_AHEAD
-    while ahead and max(array.decode_bytes_ahead(ahead) for array in remote) > AHEAD_SHARE * host_memory:
-        ahead = ahead // 2 if ahead > SCANT_AHEAD else 0
-    return ahead
+    sizes = [MOST_AHEAD >> halved for halved in range((MOST_AHEAD // SCANT_AHEAD).bit_length())]
+    for ahead in sizes:
+        share = SCANT_SHARE if ahead == SCANT_AHEAD else AHEAD_SHARE
+        if max(array.decode_bytes_ahead(ahead) for array in remote) <= share * host_memory:
+            return ahead
+    return 0
 
 
 def read_rate(array: TensorSource, problem: Problem, host_memory: int) -> Rate:
@@ -240,6 +249,12 @@ def _sample_rows(array: TensorSource, problem: Problem, most: int) -> int:
 def _tokens(array: TensorSource, problem: Problem) -> int:
     """Tokens of an array of a problem."""
     return problem.queries if array.spec.name == "q" else problem.keys
+
+
+def _nbytes(array: TensorSource, problem: Problem) -> int:
+    """Bytes of an array that a problem reads, each of them once."""
+    batches, heads, _ = array.extents
+    return array.row_bytes * (problem.rows if array.spec.name == "q" else batches * heads * problem.keys)
 
 
 def _read_ahead(samples: Sequence[tuple[TensorSource, NDArray[Any]]], ahead: int) -> None:

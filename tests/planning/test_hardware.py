@@ -19,7 +19,7 @@ from zarr.codecs import ZstdCodec
 
 import oocattn
 from oocattn import IntegrityError, ProblemError
-from oocattn.planning import timing
+from oocattn.planning import reading, timing
 from oocattn.planning.reading import ASSUMED_RATE, PIECE_BYTES, input_cost, sample_rate
 from oocattn.problem.arrays import ArraySpec
 from oocattn.problem.options import ProblemOptions
@@ -101,6 +101,18 @@ def test_an_address_that_is_none_is_refused(fast_path: Path, address: str) -> No
     assert [path.name for path in fast_path.iterdir()] == ["dataset.zarr"]
 
 
+def test_a_rate_is_that_of_all_bytes_that_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"q": (1, 2, 8, 16), "k": (1, 2, 4096, 16), "v": (1, 2, 4096, 16)}
+    arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    dataset = Dataset.open(write_dataset(tmp_path / "dataset.zarr", tuple(arrays.values()), 512, compressors=ZstdCodec()))
+    rates = {"q": 1e5, "k": 1e9, "v": 2e9}
+    monkeypatch.setattr(reading, "read_rate", lambda array, *_: reading.Rate(rates[array.name], from_disk=False))
+    found = input_cost(dataset, pose(dataset, ProblemOptions()), host_memory=1 << 30)
+    seconds = sum(array.nbytes / rates[name] for name, array in arrays.items())
+    assert found.decode_rate == pytest.approx(sum(array.nbytes for array in arrays.values()) / seconds)
+
+
 def test_decoding_is_measured_by_decoding_and_assumed_where_no_budget_holds_a_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,11 +125,11 @@ def test_decoding_is_measured_by_decoding_and_assumed_where_no_budget_holds_a_sa
         read(source, *given)
 
     monkeypatch.setattr(TensorSource, "read_rows", note)
-    assert input_cost(dataset, problem, host_memory=0).decode_rate == ASSUMED_RATE
+    assert input_cost(dataset, problem, host_memory=0).decode_rate == pytest.approx(ASSUMED_RATE)
     assert not rows_read
     found = input_cost(dataset, problem, host_memory=1 << 30)
     assert set(rows_read) == {(name, 64) for name in "qkv"}
     assert 0 < found.decode_rate != ASSUMED_RATE
     assert found.align_rows == 16
-    assert all(re.search(r": that bounds reading to [\d.e+-]+ GB/s$", note) for note in found.notes)
+    assert all(re.search(r": read through Zarr's codecs, [\d.e+-]+ GB/s$", note) for note in found.notes)
     assert len(found.notes) == 3

@@ -16,7 +16,7 @@ from support import a_problem, normal_arrays, write_dataset
 import oocattn
 from oocattn.pipelines.watch import report as report_module
 from oocattn.planning import kernel_rates, measure, timing
-from oocattn.planning.kernel_rates import MOMENT, Sample, kernel_rate
+from oocattn.planning.kernel_rates import MOMENT, Sample, kernel_rate, measured_rate
 from oocattn.planning.reading import Rate
 from oocattn.problem.second_pass import Reduced, SecondPass
 
@@ -106,11 +106,11 @@ def test_work_is_not_faster_than_all_cores(tmp_path: Path, monkeypatch: pytest.M
 def test_a_kernel_is_timed_on_its_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MOMENT, "cpu", 0.001)
     monkeypatch.setattr(kernel_rates, "get_kernel", lambda name: SimpleNamespace(attend=lambda *_: time.sleep(0.005)))
-    kernel_rate.cache_clear()
+    measured_rate.cache_clear()
     try:
         rate = kernel_rate("cpu", Sample(8, 8, "float32"), 16, 16)
     finally:
-        kernel_rate.cache_clear()  # that of no kernel
+        measured_rate.cache_clear()  # that of no kernel
     assert rate > 2 * 2 * 16 * 16 * 16 / 0.005 * kernel_rates.torch.get_num_threads()
 
 
@@ -165,7 +165,7 @@ def seconds_found(monkeypatch: pytest.MonkeyPatch, gpu: PretendedGpu, settled: b
     monkeypatch.setattr(Sample, "operands", lambda *_: None)
     monkeypatch.setattr(kernel_rates.AttentionState, "empty", lambda *_: gpu)
     sample = Sample(8, 8, "float32", row_calls=row_calls)
-    return 2 * 16 * 16 * 16 / kernel_rate.__wrapped__("any", sample, 16, 16, "cuda", settled=settled)
+    return 2 * 16 * 16 * 16 / measured_rate.__wrapped__("any", sample, 16, 16, kernel_rates.torch.device("cuda"), 1, settled)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +228,16 @@ def test_a_gpu_is_given_as_many_keys_a_call_as_its_kernel_chains(
     tensors = {name: np.zeros((1, 1, 1 << 20, dim), np.float16) for name in "qkv"}
     plan = oocattn.plan(tensors, device_memory="4GiB", **asked)
     assert most / 2 < plan.tiles.key <= most
+
+
+def test_a_rate_is_of_as_many_threads_as_there_are_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MOMENT, "cpu", 0.001)
+    before, sample = kernel_rates.torch.get_num_threads(), Sample(8, 8, "float32")
+    try:
+        kernel_rates.torch.set_num_threads(1)
+        alone = kernel_rate("cpu", sample, 32, 32)
+        kernel_rates.torch.set_num_threads(8)
+        together = kernel_rate("cpu", sample, 32, 32)
+    finally:
+        kernel_rates.torch.set_num_threads(before)
+    assert together > 2 * alone

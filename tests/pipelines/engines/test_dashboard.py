@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -182,6 +182,16 @@ def test_dasks_configuration_is_put_back() -> None:
         with local_client() as client:
             assert answer(client, "http://evil.example") == 403
         assert settings() == before
+
+
+def test_clusters_that_overlap_leave_dasks_configuration_as_it_was() -> None:
+    before, first, second = repr(dask.config.config), ExitStack(), ExitStack()
+    with first:
+        first.enter_context(local_client())
+        with second:
+            second.enter_context(local_client())
+            first.close()
+    assert repr(dask.config.config) == before
 
 
 # A cluster that cannot start

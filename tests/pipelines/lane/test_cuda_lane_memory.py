@@ -27,7 +27,7 @@ from oocattn.operations import forward, make_operation
 from oocattn.pipelines.lane import cuda_memory
 from oocattn.pipelines.lane.cuda import CudaDevice
 from oocattn.pipelines.lane.rehearsal import rehearse, sample_tiles
-from oocattn.planning.kernel_rates import kernel_rate
+from oocattn.planning.kernel_rates import measured_rate
 from oocattn.problem.mask import Cover
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no NVIDIA GPU")]
@@ -51,7 +51,7 @@ def test_the_device_budget_is_kept_and_used_and_given_back(
     options: dict[str, Any] = {"causal": causal, "device_memory": budget, "host_memory": "4GiB", "kernel": "cudnn"}
     usual, before = sys.getswitchinterval(), reserved_bytes()
     torch.cuda.reset_peak_memory_stats()
-    kernel_rate.cache_clear()  # measuring counts too
+    measured_rate.cache_clear()  # measuring counts too
     plan = oocattn.plan(dataset, lanes=1, **options)
     measuring = torch.cuda.max_memory_reserved() - before
     result = carry_out(plan, dataset, tmp_path / "result.zarr", client)

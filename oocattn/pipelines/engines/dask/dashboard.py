@@ -12,6 +12,7 @@ import socket
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
+import dask
 import psutil
 from tornado.netutil import bind_sockets
 
@@ -49,10 +50,10 @@ class DashboardAddress:
     def _in_urls(self) -> str:
         return f"[{self.host}]" if ":" in self.host else self.host
 
-    @property
-    def link(self) -> str:
-        """The template, as Dask has it, of the address that is printed."""
-        return f"{{scheme}}://{self._in_urls}:{{port}}/oocattn"
+    def page(self, port: int) -> str:
+        """The URL of our page that is printed, of a dashboard at `port`."""
+        scheme = "https" if dask.config.get("distributed.scheduler.dashboard.tls.cert", None) else "http"
+        return f"{scheme}://{self._in_urls}:{port}/oocattn"
 
     def check_free(self) -> None:
         """ProblemError where nothing can listen here, OSError where no file can be opened."""

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -43,10 +44,20 @@ NO_MEMORY_MANAGER = {f"distributed.worker.memory.{action}": False for action in 
 SETTINGS: dict[str, object] = {
     **NO_PROFILER,
     "distributed.scheduler.worker-ttl": None,  # measured by the wall clock, which may be set forward
-    "distributed.scheduler.dashboard.bokeh-application.allow_websocket_origin": [],  # Dask's let every page read all
 }
+"""Dask's configuration while a cluster starts."""
 
 ENCRYPTION = "distributed.comm.require-encryption"
+
+_starting = threading.Lock()  # else two that change Dask's configuration by turns leave it changed
+
+
+def _replace_lock() -> None:
+    global _starting
+    _starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_replace_lock)  # another thread may have held it
 
 
 @contextmanager
@@ -62,8 +73,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         distributed.utils._offload_executor = cast(Any, ThreadPool(1, "Dask-Offload"))
     # Else Dask asks for the way to a host of the internet, and warns where is none. Other clusters here keep their address.
     inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
-    settings = {**SETTINGS, "distributed.dashboard.link": address.link}
-    with dask.config.set(settings), _without_tracebacks(), _here_alone() as here:
+    with _without_tracebacks(), _here_alone() as here:
         release()
         runs, port = Runs(), 0
 
@@ -76,6 +86,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         cluster = here.enter_context(_start(address, workers))
         http, port = cluster.scheduler.http_application, cluster.scheduler.http_server.port
         address.check_port(port)
+        cluster.page = address.page(port)
         restrict(cluster.scheduler, address.hosts)
         cluster.scheduler.add_plugin(runs, name=PLUGIN)
         http.add_application(DashboardPages(cluster.scheduler, address.origins(port), runs))
@@ -83,7 +94,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         cluster.sync(_close_pages, cluster.scheduler, workers_here)
         here.callback(cluster.sync, _close_workers, workers_here)
         here.callback(cluster.sync, _show_the_end, runs)
-        yield here.enter_context(Client(cluster))
+        yield here.enter_context(Client(cluster, set_as_default=False))
 
 
 @contextmanager
@@ -98,14 +109,14 @@ def _here_alone() -> Iterator[ExitStack]:
                 stack.pop_all()
 
 
-def _start(address: DashboardAddress, workers: int) -> LocalCluster:
+def _start(address: DashboardAddress, workers: int) -> _Cluster:
     """A new cluster. Raises ProblemError, with the cause, where it cannot start."""
     try:
         _check_descriptors()
         address.check_free()
         # They log that the cluster does not start, but not why, and that its folder for temporary files cannot be locked.
-        with _silent("distributed.deploy.spec"), _silent("distributed.diskutils"):
-            return LocalCluster(
+        with _starting, dask.config.set(SETTINGS), _silent("distributed.deploy.spec"), _silent("distributed.diskutils"):
+            return _Cluster(  # type: ignore[no-untyped-call]
                 n_workers=workers,
                 threads_per_worker=THREADS,
                 processes=False,
@@ -174,6 +185,17 @@ def _cause(error: BaseException) -> BaseException:
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__):
         error = before
     return error
+
+
+class _Cluster(LocalCluster):
+    """A cluster whose dashboard is our own `page`, whatever Dask's configuration says."""
+
+    page = ""
+
+    @property
+    def dashboard_link(self) -> str:
+        """Where that page is."""
+        return self.page
 
 
 class _LocalWorker(Worker):
