@@ -212,7 +212,7 @@ def carry_out(
     opened = Dataset.open(dataset, key_bias=plan.problem.bias_heads > 0)
     paths = result if isinstance(result, ResultPaths) else ResultPaths.at(result)
     request = Request(plan.problem, opened, paths, overwrite)
-    engine = InlineEngine() if client == "inline" else DaskEngine(client)
+    engine = InlineEngine(plan.lanes) if client == "inline" else DaskEngine(client)
     return run_plan(plan, request, engine, callbacks=callbacks)
 
 

@@ -91,7 +91,7 @@ def test_a_run_is_right_when_the_clock_is_set_meanwhile(
         listeners = [recorder, ProgressBar(), look]
         until = clock.now() + 3600
         request = Request(plan.problem, Dataset.open(dataset), paths)
-        report = run_plan(plan, request, InlineEngine(), callbacks=listeners, until=until).report
+        report = run_plan(plan, request, InlineEngine(1), callbacks=listeners, until=until).report
     assert 0 <= report.seconds < 60
     assert 0 <= report.compute_busy <= 1
     assert "compute      busy" in str(report)

@@ -83,7 +83,7 @@ def check(world: World, case: Case, outcome: Outcome) -> list[str]:
 
 def test_a_hundred_damaged_files(world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT", 0.02)
-    monkeypatch.setattr(dask_engine, "local_engine", lambda *_: nullcontext(InlineEngine()))
+    monkeypatch.setattr(dask_engine, "local_engine", lambda *_: nullcontext(InlineEngine(1)))
     failures: list[str] = []
     for seed in range(100):
         case = make_case(world, seed)

@@ -108,7 +108,7 @@ def test_another_run_than_was_asked_for_is_not_resumed(dataset: Path, result: Pa
     with pytest.raises(EnoughError):
         carry_out(causal, dataset, result, callbacks=[interrupt("written", 5)], overwrite=True)
     with pytest.raises(ResultExistsError, match=r"than when the command began \(causal False, now True\): resume again"):
-        resume_run(asked, Dataset.open(dataset), InlineEngine(), (), math.inf, Resuming())
+        resume_run(asked, Dataset.open(dataset), InlineEngine(1), (), math.inf, Resuming())
     assert_same_bits(oocattn.resume(result, engine="inline"), uninterrupted(causal, dataset))
 
 

@@ -174,21 +174,25 @@ class Attempt:
 
     def _look_for_changes(self) -> None:
         """Raise WorkersChangedError where a worker leaves, or where workers have joined that can be used by now."""
-        leaving = self._lanes.leaving()
-        if leaving:
-            words = f"worker {', '.join(sorted(leaving))} was asked to end, and hands over what it has done"
-            raise WorkersChangedError(words, len(leaving))
+        self._look_for_leaving()
         joined, more = self._lanes.joined(), self._to_attend > IN_FLIGHT * self._schedule.lanes
         if joined and more and time.monotonic() - self._began > self._run.plan.joining_seconds:
             raise WorkersChangedError(
                 f"{len(joined)} worker{'s' * (len(joined) > 1)} joined: what is left is dealt out again"
             )
 
+    def _look_for_leaving(self) -> None:
+        """Raise WorkersChangedError where a worker leaves."""
+        leaving = self._lanes.leaving()
+        if leaving:
+            words = f"worker {', '.join(sorted(leaving))} was asked to end, and hands over what it has done"
+            raise WorkersChangedError(words, len(leaving))
+
     def _finish(self, task: Task, outcome: TaskEvent | BaseException) -> None:
         """Pass on what a task did, or raise its error."""
         if isinstance(outcome, BaseException):
             if not isinstance(outcome, TaintedError):
-                self._look_for_changes()  # a worker that leaves, or is gone, explains it
+                self._look_for_leaving()  # it explains it, as one that is gone does
             self._check_workers()
             with naming(task.place):
                 raise outcome

@@ -93,7 +93,7 @@ class Workplace:
         if self.engine == "inline":
             from oocattn.pipelines.engines.inline import InlineEngine
 
-            return lambda _: nullcontext(InlineEngine())
+            return lambda count: nullcontext(InlineEngine(count))
         from oocattn.pipelines.engines.dask.engine import local_engine
 
         return partial(local_engine, self.dashboard_address)

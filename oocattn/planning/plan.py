@@ -216,7 +216,8 @@ class Plan(Shown):
     @property
     def binds(self) -> str:
         """The link that takes longest; links that share the disk count together, and those that share Python."""
-        disk = [link for link in self.links if link.name in ("read", "partials", "write")]
+        reads = ("read",) if self.machine.from_disk or self.inputs.from_disk else ()
+        disk = [link for link in self.links if link.name in (*reads, "partials", "write")]
         python = [link for link in self.links if link.name in ("python", "tasks")]
         alone = [[link] for link in self.links if link not in disk + python]
         longest = max([*alone, python, disk], key=lambda links: sum(link.seconds for link in links))

@@ -166,9 +166,7 @@ def input_cost(dataset: Dataset, problem: Problem, host_memory: int, *, ahead: b
     if most:
         rate = read_rate_ahead(remote, problem, host_memory, most, latency)
         rates |= {array.spec.name: rate for array in remote}
-    decoded = tuple(
-        f"{array.spec.name} is {array.describe()}, {rates[array.spec.name] / 1e9:.2g} GB/s" for array in slow
-    )
+    decoded = tuple(f"{array.spec.name} is {array.describe()}, {rates[array.spec.name] / 1e9:.2g} GB/s" for array in slow)
     from_disk = any(each.from_disk for each in found_alone.values())
     align_rows = max(array.chunk_rows for array in slow)
     amounts = {array.spec.name: _nbytes(array, problem) for array in slow}

@@ -55,7 +55,7 @@ def test_a_run_that_is_out_of_time_can_be_resumed_again_and_again(
             patched.setattr(Deadline, "learn", lambda *_: None)
             try:
                 request = Request(plan.problem, Dataset.open(dataset), paths)
-                found = run_plan(plan, request, InlineEngine(), callbacks=[recorder, tick], until=80.0)
+                found = run_plan(plan, request, InlineEngine(1), callbacks=[recorder, tick], until=80.0)
                 break
             except TimeLimitError:
                 pass

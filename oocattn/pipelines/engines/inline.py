@@ -49,13 +49,16 @@ T = TypeVar("T")
 
 
 class InlineEngine(Engine):
-    """A lane on the CPU, or one on each GPU that the plan counts, all in this process."""
+    """A lane on the CPU, or one on each of so many GPUs at most, as the plan counts them, all in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._devices: list[str] = []
 
     def enlist(self, plan: Plan, dataset: Dataset, state: RunState, check: Check) -> Mapping[str, str]:
-        self._devices = ["cpu"] if plan.device == "cpu" else [f"cuda:{index}" for index in range(plan.lanes)]
+        self._devices = (
+            ["cpu"] if plan.device == "cpu" else [f"cuda:{index}" for index in range(min(plan.lanes, self._count))]
+        )
         self.lane_count = len(self._devices)
         return arithmetic_of(plan.kernel, plan.problem, plan.device)
 

@@ -28,7 +28,7 @@ from oocattn.storage.paths import ResultPaths
             lambda client: "tcp://10.0.0.1:8786",
             r"client is a str: .*; make one by distributed.Client\('tcp://10.0.0.1:8786'\)",
         ),
-        (lambda client: client.cluster, r"client is of type LocalCluster: expected a distributed.Client that is connected"),
+        (lambda client: client.cluster, r"client is of type _Cluster: expected a distributed.Client that is connected"),
         (lambda client: client.cluster.scheduler, "client is of type Scheduler: expected"),
         (lambda client: client.submit(abs, 1), "client is of type Future: expected"),
         (lambda client: client.get_executor(), "client is of type ClientExecutor: expected"),

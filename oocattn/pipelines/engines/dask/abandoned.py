@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
+from typing import Any, cast
 
 from distributed import Scheduler, Worker
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -51,6 +53,9 @@ def leave_run(run: str, dask_scheduler: Scheduler) -> None:
 
 
 def _leave_lanes(run: str, scheduler: Scheduler) -> None:
+    """Follow the lanes of a run no more, and forget their beats, which Dask would keep (distributed 2026.8)."""
+    with suppress(AttributeError):
+        cast(Any, scheduler)._broker._topics.pop(plugin_name(run), None)
     if _name(run) in scheduler.plugins:
         scheduler.remove_plugin(_name(run))
 

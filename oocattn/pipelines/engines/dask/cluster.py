@@ -19,7 +19,7 @@ import torch
 from distributed import Client, fire_and_forget
 
 from oocattn.cores import Cores, UsableCores, shared_cores
-from oocattn.errors import ProblemError, WorkerLostError
+from oocattn.errors import OocattnError, ProblemError, WorkerLostError
 from oocattn.naming import setting
 from oocattn.pipelines.engines.base import Check
 from oocattn.pipelines.engines.dask.worker_share import share_of
@@ -63,27 +63,34 @@ def begin(client: Client, call: Callable[[], Awaitable[T]], seconds: float | Non
         return failed
 
 
-def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float = ANSWER_SECONDS) -> T:
-    """The result of a call; TimeoutError after so many seconds."""
+def no_check() -> None:
+    """Nothing ends what waits for a cluster, but its own time."""
+
+
+def answer(client: Client, call: Callable[[], Awaitable[T]], seconds: float = ANSWER_SECONDS, check: Check = no_check) -> T:
+    """The result of a call; TimeoutError after so many seconds. `check` is called again and again meanwhile."""
     called = begin(client, call, seconds)
-    wait([called], timeout=seconds)
     try:
+        poll({"": called}, seconds, lambda _: check())
         return called.result(timeout=0.1)
+    except OocattnError:
+        raise
     except TimeoutError as error:
-        called.cancel()
         raise TimeoutError(str(error) or f"no answer for {format_seconds(seconds)}") from error
+    finally:
+        called.cancel()  # if it has not ended
 
 
-def worker_addresses(client: Client, seconds: float = ANSWER_SECONDS) -> list[str]:
+def worker_addresses(client: Client, seconds: float = ANSWER_SECONDS, check: Check = no_check) -> list[str]:
     """The addresses of the client's workers, in a fixed order; TimeoutError after so many seconds."""
     # The record behind `Client.scheduler_info` will not do: a task of the client empties it every other second.
-    return sorted(answer(client, client.nthreads, seconds))
+    return sorted(answer(client, client.nthreads, seconds, check))
 
 
-def warn_of_open_ports(client: Client) -> None:
+def warn_of_open_ports(client: Client, check: Check) -> None:
     """Warn of a cluster that is not encrypted and can be reached from other machines."""
     scheduler = [str(client.scheduler.address)] if client.scheduler else []
-    for address in scheduler + worker_addresses(client):
+    for address in scheduler + worker_addresses(client, check=check):
         if address.startswith(("tcp://", "ws://")) and not _on_loopback(address):
             logger.warning(
                 "%s of the Dask cluster is not encrypted: whoever reaches its port can run code there; give the cluster TLS "
@@ -140,7 +147,7 @@ def room_on(taken: Iterable[str], most: int) -> Callable[[str], bool]:
 
 def wait_for_first(client: Client, check: Check) -> None:
     """Wait `FIRST_WORKER_SECONDS` for a worker, and say so; ProblemError without one."""
-    if living_workers(client):
+    if living_workers(client, check=check):
         return
     seconds = format_seconds(FIRST_WORKER_SECONDS)
     logger.warning("the cluster has no worker: waiting for one, %s at most", seconds)
@@ -158,7 +165,7 @@ def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any
     """
     began, kept, there = time.monotonic(), list[Any](), 0
     try:
-        while (there := len(living_workers(client))) < count:
+        while (there := len(living_workers(client, check=check))) < count:
             if time.monotonic() - began > (seconds if there else seconds_for_any):
                 break
             if not there and not kept:  # an adaptive cluster starts workers for tasks alone, and stops those without
@@ -174,7 +181,7 @@ def wait_for_workers(client: Client, count: int, seconds: float, seconds_for_any
 def wait_for_others(client: Client, known: Container[str], seconds: float, check: Check) -> None:
     """Wait, so many seconds at most, for a worker that is not known, also where none is left meanwhile."""
     until = time.monotonic() + seconds
-    while all(address in known for address in living_workers(client)) and time.monotonic() < until:
+    while all(address in known for address in living_workers(client, check=check)) and time.monotonic() < until:
         wait_for_workers(client, 1, 0.0, until - time.monotonic(), check)
         check()
         time.sleep(0.1)
@@ -190,7 +197,7 @@ def keeping_workers(client: Client, check: Check) -> Iterator[Check]:
         check()
         if time.monotonic() - given > KEPT_AGAIN_SECONDS:
             given = time.monotonic()
-            for address in living_workers(client):
+            for address in living_workers(client, check=check):
                 kept.extend(_keep(client, workers=[address], allow_other_workers=True))
 
     keep()
@@ -221,11 +228,13 @@ def check_scheduler(client: Client) -> None:
         raise scheduler_gone(f"the client is {client.status}")
 
 
-def living_workers(client: Client, seconds: float = ANSWER_SECONDS) -> list[str]:
+def living_workers(client: Client, seconds: float = ANSWER_SECONDS, check: Check = no_check) -> list[str]:
     """The client's workers; WorkerLostError where the scheduler is gone or silent."""
     check_scheduler(client)
     try:
-        return worker_addresses(client, seconds)
+        return worker_addresses(client, seconds, check)
+    except OocattnError:
+        raise
     except (OSError, RuntimeError, TimeoutError, ValueError) as error:
         raise scheduler_gone(error) from error
 
@@ -261,7 +270,7 @@ def ask_each(
 
 
 def await_answers(
-    client: Client, calls: dict[str, Future[T]], seconds: float, check: Check = lambda: None, check_after: float = math.inf
+    client: Client, calls: dict[str, Future[T]], seconds: float, check: Check = no_check, check_after: float = math.inf
 ) -> None:
     """Wait for what workers answer, by address, so many seconds at most. Calls of workers that are gone are dropped.
 
@@ -283,7 +292,7 @@ def await_answers(
     poll(calls, seconds, look)
 
 
-def poll(calls: Mapping[str, Future[T]], seconds: float, look: Callable[[float], None]) -> None:
+def poll(calls: Mapping[str, Future[T]], seconds: float, look: Callable[[float], object]) -> None:
     """Wait until all calls have ended, so many seconds at most; `look` is given the seconds passed, again and again."""
     began = time.monotonic()
     while (passed := time.monotonic() - began) < seconds:
@@ -297,15 +306,15 @@ def scheduler_gone(reason: object) -> WorkerLostError:
     return WorkerLostError(f"the scheduler is gone ({reason}); start one and resume")
 
 
-def assign_devices(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
+def assign_devices(client: Client, device_type: str, workers: Container[str], check: Check = no_check) -> dict[str, str]:
     """Give each of these workers a device: "cpu", or a GPU of its own like "cuda:1".
 
     Raises ProblemError naming one that has no GPU where one is asked for; TimeoutError where they do not answer.
     """
-    addresses = [address for address in worker_addresses(client) if address in workers]
+    addresses = [address for address in worker_addresses(client, check=check) if address in workers]
     if device_type == "cpu" or not addresses:
         return dict.fromkeys(addresses, "cpu")
-    visible: dict[str, list[str]] = answer(client, lambda: client.run(_visible_gpus, workers=addresses))
+    visible: dict[str, list[str]] = answer(client, lambda: client.run(_visible_gpus, workers=addresses), check=check)
     blind = [address for address in addresses if not visible[address]]
     if blind:
         raise ProblemError(

@@ -256,8 +256,8 @@ class DaskLanes(Lanes):
             with suppress(Exception):  # the scheduler is gone, or silent
                 check_scheduler(self._client)
                 answer(self._client, lambda: self._client.run_on_scheduler(leave_run, self._name), seconds)
-        with suppress(Exception):  # the client is closed
-            self._client.unsubscribe_topic(plugin_name(self._name))
+        # `unsubscribe_topic` would keep the handler, and have the scheduler begin the topic again (distributed 2026.8).
+        vars(self._client).get("_event_handlers", {}).pop(plugin_name(self._name), None)
 
     def _ask_again(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""
@@ -299,8 +299,8 @@ class DaskEngine(Engine):
         expected = Expectations.of_run(plan, dataset, state)
         roll = enlist(self._client, expected, check)
         self._plan, self._expected = plan, replace(expected, computing=roll.computing)
-        self._take(roll)
-        warn_of_open_ports(self._client)
+        self._take(roll, check)
+        warn_of_open_ports(self._client, check)
         return roll.computing
 
     def replenish(self, check: Check, *, replacements: bool = True) -> None:
@@ -314,12 +314,12 @@ class DaskEngine(Engine):
                 logger.warning("the last workers have left: waiting for others, %s at most", format_seconds(seconds))
                 wait_for_others(self._client, roll.asked, seconds, keep)
                 roll = enlist_again(self._client, self._expected, keep)
-            self._take(roll)
+            self._take(roll, keep)
 
-    def _take(self, roll: Roll) -> None:
+    def _take(self, roll: Roll, check: Check) -> None:
         """Have the ready ones of these workers take part; WorkerLostError where none is left."""
         ids, self._asked = roll.ids, roll.asked
-        devices = assign_devices(self._client, self._plan.device, ids)
+        devices = assign_devices(self._client, self._plan.device, ids, check)
         fitting = list(filter(room_on((), self._plan.most_sharing_lanes), devices))[:MAX_LANES]
         self._ids, self._devices = ids, {address: devices[address] for address in fitting}
         self.lane_count = len(self._devices)

@@ -133,14 +133,21 @@ class LanePlugin(WorkerPlugin):
         await self.hand_over(CLOSE_SECONDS)
         self._beating.stop()
         closing = asyncio.wrap_future(begin_call(self.lane.close))
-        await asyncio.wait([closing], timeout=CLOSE_SECONDS)
-        if closing.done():
-            closing.result()
-        else:
-            words = "worker %s: its lane did not close in %s and keeps its memory; restart the worker"
-            logger.warning(words, worker.name, format_seconds(CLOSE_SECONDS))
-        if self.work.journal.mirror is not None and self.work.journal.mirror.passing:
-            shutil.rmtree(self.work.paths.state, ignore_errors=True)
+        try:
+            await asyncio.wait([closing], timeout=CLOSE_SECONDS)
+            if closing.done():
+                closing.result()
+            else:
+                words = "worker %s: its lane did not close in %s and keeps its memory; restart the worker"
+                logger.warning(words, worker.name, format_seconds(CLOSE_SECONDS))
+        finally:
+            remove_passing(self.work)
+
+
+def remove_passing(run: Run) -> None:
+    """Remove the folder in which a worker has files of the store for a moment."""
+    if run.journal.mirror is not None and run.journal.mirror.passing:
+        shutil.rmtree(run.paths.state, ignore_errors=True)
 
 
 def tell_work(worker: Worker, key: Any) -> None:

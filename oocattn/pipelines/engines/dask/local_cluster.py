@@ -18,6 +18,7 @@ from oocattn.threads import ThreadPool
 
 with collection_paused():
     import dask
+    import distributed.core
     import distributed.utils
     from dask.utils import key_split
     from distributed import Client, LocalCluster, Scheduler, Worker
@@ -75,6 +76,7 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
     inproc.global_manager._ip = inproc.global_manager._ip or LOOPBACK
     with _without_tracebacks(), _here_alone() as here:
         release()
+        here.callback(_forget_handlers)
         runs, port = Runs(), 0
 
         def keep_page() -> None:
@@ -95,6 +97,13 @@ def local_client(dashboard_address: str = f"{LOOPBACK}:0", workers: int = 1) -> 
         here.callback(cluster.sync, _close_workers, workers_here)
         here.callback(cluster.sync, _show_the_end, runs)
         yield here.enter_context(Client(cluster, set_as_default=False))
+
+
+def _forget_handlers() -> None:
+    """Have Dask forget the handlers of servers that are closed: their schedulers would stay in memory (2026.8)."""
+    cache = getattr(distributed.core, "_expects_comm", None)
+    if cache is not None:
+        cache.cache_clear()
 
 
 @contextmanager
@@ -134,12 +143,16 @@ def _start(address: DashboardAddress, workers: int) -> _Cluster:
 
 @contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keep Dask from logging tasks that failed, or were left behind: the run reports them in its own words."""
+    """Keep Dask from logging tasks that failed, or were left behind, and workers that closed before they answered.
+
+    The run reports them in its own words.
+    """
 
     def is_other(record: logging.LogRecord) -> bool:  # a filter of its own for each cluster: they may overlap
-        return not str(record.msg).startswith(("Compute Failed", "Run Failed", "Async instruction for"))
+        return not str(record.msg).startswith(("Compute Failed", "Run Failed", "Async instruction for", "broadcast to"))
 
-    loggers = [logging.getLogger(name) for name in ("distributed.worker", "distributed.worker.state_machine")]
+    names = "distributed.worker", "distributed.worker.state_machine", "distributed.scheduler"
+    loggers = list(map(logging.getLogger, names))
     for logger in loggers:
         logger.addFilter(is_other)
     try:

@@ -16,7 +16,7 @@ from distributed import Worker, get_worker
 from oocattn.pipelines.engines.base import perform
 from oocattn.pipelines.engines.dask.cluster import is_in_process
 from oocattn.pipelines.engines.dask.departure import end_watch, watch_for_departure
-from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin, plugin_name, sendable_errors
+from oocattn.pipelines.engines.dask.lane_plugin import LanePlugin, plugin_name, remove_passing, sendable_errors
 from oocattn.pipelines.failing import SET_UP, naming
 from oocattn.pipelines.graph import Task
 from oocattn.pipelines.lane.lane import Lane
@@ -37,7 +37,11 @@ async def open_lane(name: str, run: Run, devices: Mapping[str, str], dask_worker
         with sendable_errors(), naming(SET_UP):
             if run.journal.mirror is not None and not is_in_process(dask_worker.address):
                 run = run.elsewhere(Path(dask_worker.local_directory, f"{plugin_name(name)}-{uuid.uuid4().hex[:8]}"))
-            lane = Lane(run, device)
+            try:
+                lane = Lane(run, device)
+            except BaseException:
+                remove_passing(run)
+                raise
         await dask_worker.plugin_add(LanePlugin(name, run, lane), plugin_name(name))
         await watch_for_departure(dask_worker)
 

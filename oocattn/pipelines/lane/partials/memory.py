@@ -41,6 +41,11 @@ class _Fold:
         return self.started == self.folded
 
     @property
+    def can_be_saved(self) -> bool:
+        """True if nothing is being folded in, and no other thread saves it."""
+        return self.idle and not self.being_saved
+
+    @property
     def ends(self) -> bool:
         """True if the last contributor has begun: the chunk is written next."""
         return self.started == self.contributors
@@ -169,8 +174,9 @@ class MemoryPartials:
         with self._changed:
             while True:
                 self._drop_settled(due, patient)
-                place = next((place for place in due if self._folds[place].idle), None)
-                if place is not None or not due or not patient or self._stopped_waiting:
+                place = next((place for place in due if self._folds[place].can_be_saved), None)
+                waits = (patient and not self._stopped_waiting) or any(self._folds[place].being_saved for place in due)
+                if place is not None or not due or not waits:
                     break
                 busy = self._folds[next(iter(due))]
                 if waited is not None and waited is not busy:
@@ -185,8 +191,8 @@ class MemoryPartials:
             return place
 
     def _drop_settled(self, due: set[Place], patient: bool) -> None:
-        """Leave out chunks that are written, and, while it is `patient`, those whose last partial is in flight."""
-        due.intersection_update(self._folds)
+        """Leave out chunks that are written or saved, and, while it is `patient`, those whose last partial is in flight."""
+        due.intersection_update([place for place, fold in self._folds.items() if fold.saved < fold.started])
         if patient:  # these are finished next, which a save would hold up
             due.difference_update([place for place in due if self._folds[place].ends and not self._folds[place].idle])
 
