@@ -171,7 +171,6 @@ class AttemptLog:
         """All attempts, this one as it is now."""
         if self._attempt is None:
             return None
-        self._covered.settle()
         busy: defaultdict[str, float] = defaultdict(float)
         for name, seconds in self._covered.seconds.items():
             busy[name.partition("/")[0]] += seconds

@@ -80,21 +80,25 @@ class Busy:
         self.starts: list[float] = []
         self.stops: list[float] = []
 
-    def add(self, start: float, stop: float) -> None:
-        """Add an interval, which may overlap others."""
+    def add(self, start: float, stop: float) -> list[tuple[float, float]]:
+        """Add an interval, which may overlap others; return the parts of it that none of these covers."""
         starts, stops = self.starts, self.stops
         if stop <= start:
-            return
+            return []
         if not stops or start > stops[-1]:
+            new = [(start, stop)]
             starts.append(start)
             stops.append(stop)
         else:
             first, last = bisect_left(stops, start), bisect_right(starts, stop)
+            begins, ends = [start, *stops[first:last]], [*starts[first:last], stop]
+            new = [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
             if first < last:
                 start, stop = min(start, starts[first]), max(stop, stops[last - 1])
             starts[first:last], stops[first:last] = [start], [stop]
         if len(starts) > MOST_INTERVALS:
             del starts[: MOST_INTERVALS // 2], stops[: MOST_INTERVALS // 2]
+        return new
 
     def drop_before(self, moment: float) -> None:
         """Forget the intervals that ended before a moment."""
@@ -107,39 +111,21 @@ class Busy:
 
 
 class Covered:
-    """The seconds in which resources were busy, by name, as rates of the same bins as other amounts.
-
-    Of each resource the last intervals are kept, as they may grow together; the older ones are spread over the bins.
-    """
-
-    MOST_KEPT = 256
+    """The seconds in which resources were busy, by name, as rates of the same bins as other amounts."""
 
     def __init__(self, rates: Rates) -> None:
         self._rates = rates
-        self._kept: dict[str, Busy] = {}
+        self._busy: dict[str, Busy] = {}
         self.seconds: dict[str, float] = {}
 
     def add(self, name: str, start: float, stop: float) -> None:
         """Add an interval in which the resource was busy."""
-        if name not in self._kept:
-            self._kept[name], self.seconds[name] = Busy(), 0.0
+        if name not in self._busy:
+            self._busy[name], self.seconds[name] = Busy(), 0.0
             self._rates.track(name)
-        busy = self._kept[name]
-        busy.add(start, stop)
-        if len(busy.starts) > self.MOST_KEPT:
-            self._spread(name, self.MOST_KEPT // 2)
-
-    def settle(self) -> None:
-        """Spread all intervals that are kept."""
-        for name, busy in self._kept.items():
-            self._spread(name, len(busy.starts))
-
-    def _spread(self, name: str, count: int) -> None:
-        busy = self._kept[name]
-        for start, stop in zip(busy.starts[:count], busy.stops[:count], strict=True):
-            self._rates.add(name, stop - start, start, stop)
-            self.seconds[name] += stop - start
-        del busy.starts[:count], busy.stops[:count]
+        for begin, end in self._busy[name].add(start, stop):
+            self._rates.add(name, end - begin, begin, end)
+            self.seconds[name] += end - begin
 
 
 class Highest:

@@ -20,7 +20,7 @@ from oocattn.pipelines.watch.board import MOST_LINES, Board
 from oocattn.pipelines.watch.events import Memory, Span
 from oocattn.pipelines.watch.lanes import MOST_LANES
 from oocattn.pipelines.watch.pair_progress import MOST_CELLS, PairProgress, live_cells
-from oocattn.pipelines.watch.series import MOST_BINS, MOST_INTERVALS, Busy, Rates
+from oocattn.pipelines.watch.series import MOST_BINS, MOST_INTERVALS, Busy, Covered, Rates
 from oocattn.pipelines.watch.timeline import busy_seconds
 from oocattn.planning.candidates import make_plan
 
@@ -139,11 +139,15 @@ def test_rates_keep_every_amount_in_bounded_memory(stretches: list[tuple[float, 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 20)), max_size=60))
 def test_busy_intervals_are_their_union(stretches: list[tuple[float, float]]) -> None:
-    busy, spans = Busy(), [Span("read", start, start + seconds) for start, seconds in stretches]
+    busy, covered = Busy(), Covered(Rates(0.0, [], 0.5))
+    spans = [Span("read", start, start + seconds) for start, seconds in stretches]
     for span in spans:
         busy.add(span.start, span.stop)
-    assert sum(np.subtract(busy.stops, busy.starts)) == pytest.approx(busy_seconds(spans))
+        covered.add("read", span.start, span.stop)
+    union = busy_seconds(spans)
+    assert sum(np.subtract(busy.stops, busy.starts)) == pytest.approx(union)
     assert busy.starts == sorted(busy.starts)
+    assert covered.seconds.get("read", 0.0) == pytest.approx(union)
 
 
 def test_ten_thousand_subproblems_on_many_lanes_and_a_fault_each_give_a_small_record(plan: Plan) -> None:
