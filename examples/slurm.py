@@ -11,14 +11,16 @@ This process is the driver, with the scheduler. It holds no data and may run on 
 
 It waits in the queue for all jobs, or for as many as --start-with says: the plan is made for those that are there then. It
 ends with exit code 75, all work saved, when the time limit is reached or when Slurm has taken all jobs away and starts none
-for two minutes. The same command continues the run. Workers that are preempted hand over what they have done, and are used
-again when Slurm has requeued their jobs. Inputs, result and job state are in an object store, or at paths that all nodes
-share; certificates are made for the cluster, in --shared.
+for two minutes, and upon SIGUSR1 (#SBATCH --signal=B:USR1@120). Whatever ends it, its jobs leave the queue, and Ctrl-C and
+SIGTERM have the work saved as well. The same command continues the run. Workers that are preempted hand over what they have
+done, and are used again when Slurm has requeued their jobs. Inputs, result and job state are in an object store, or at paths
+that all nodes share; certificates are made for the cluster, in --shared.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +35,9 @@ from oocattn.units import parse_duration
 
 GO_ON_LATER = 75
 """The exit code after which the same command is to be given again, as that of `oocattn run` at its time limit."""
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGUSR1: GO_ON_LATER}
+"""Signals that end it, and the exit codes then, as those of `oocattn run`."""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -91,6 +96,16 @@ def compute(cluster: Cluster, asked: argparse.Namespace) -> oocattn.Result:
         )
 
 
+def leave_on_signals() -> None:
+    """Have signals end this process by an exception, so that the cluster is closed and its jobs leave the queue.
+
+    During a run its work is saved first. Importing dask_jobqueue has made Ctrl-C end a process with exit code 0.
+    """
+    for number, code in SIGNALS.items():
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda *_, code=code: sys.exit(code))
+
+
 def main(arguments: Sequence[str]) -> int:
     """The exit code."""
     asked = parse(arguments)
@@ -104,4 +119,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    leave_on_signals()
     sys.exit(main(sys.argv[1:]))

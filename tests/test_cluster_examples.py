@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -77,6 +78,45 @@ def test_the_slurm_example_ends_at_its_limit_and_continues(
         assert capsys.readouterr().err == f"{error}\n"
     assert slurm.main(asked) == 0
     assert oocattn.verify(result, rows=8).passed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("when", ["queue", "run"])
+def test_signals_take_the_jobs_of_the_slurm_example_out_of_the_queue(
+    slurm: ModuleType, dataset: Path, result: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, when: str
+) -> None:
+    class Jobs(LocalCluster):
+        def adapt(self, *_: Any, **__: Any) -> None:
+            if when == "run":
+                self.scale(1)
+            else:
+                threading.Timer(0.3, lambda: os.kill(os.getpid(), number)).start()
+
+    with Jobs(n_workers=0, processes=False, memory_limit=0, dashboard_address="127.0.0.1:0") as cluster:
+        monkeypatch.setattr(slurm, "make_cluster", lambda _: cluster)
+        real = oocattn.attention
+
+        def attention(*arguments: Any, **options: Any) -> oocattn.Result:
+            def strike(event: oocattn.Event) -> None:
+                if event.kind == "attended":
+                    os.kill(os.getpid(), number)
+
+            return real(*arguments, **options, callbacks=[strike], chunks=7, kernel="cpu")
+
+        monkeypatch.setattr(oocattn, "attention", attention)
+        before = {each: signal.getsignal(each) for each in slurm.SIGNALS}
+        try:
+            slurm.leave_on_signals()
+            code = slurm.main([str(dataset), str(result), "--jobs", "1"])
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+        assert code == slurm.SIGNALS[number] != 0
+        assert cluster.status.name == "closed"  # which takes jobs out of the queue
+    if when == "run":
+        assert oocattn.status(result).state == "interrupted"
 
 
 @contextmanager
