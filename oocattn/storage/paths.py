@@ -209,7 +209,10 @@ class ResultPaths:
 
     def attributes(self) -> dict[str, Any] | None:
         """The attributes of the complete result; None where nothing is there."""
-        return recorded_attributes(self.result) if self.is_taken() else None
+        if self.stored is None:
+            return recorded_attributes(self.result) if self.is_taken() else None
+        found = self.stored.attributes()
+        return None if found is None else _ours_of(found)
 
     def identity(self) -> str | None:
         """An identity of what is at the result's place; None where there is nothing."""
@@ -230,12 +233,16 @@ class ResultPaths:
         except ValueError as error:
             raise IntegrityError(f"{objects}/{name}: {error}") from None
 
-    def is_ours(self, name: str) -> bool | None:
+    def are_ours(self, *names: str) -> dict[str, bool | None]:
         """Whether oocattn wrote what has the name of a part of the full report beside the result; None: nothing has."""
+        if self.beside is None:
+            return {name: self._is_ours(name) for name in names}
+        marks = {name: MARKS[name].encode() for name in names}
+        starts = self.beside.read_starts({name: len(mark) for name, mark in marks.items()})
+        return {name: None if starts[name] is None else starts[name] == mark for name, mark in marks.items()}
+
+    def _is_ours(self, name: str) -> bool | None:
         mark = MARKS[name].encode()
-        if self.beside is not None:
-            start = self.beside.read_start(name, len(mark))
-            return None if start is None else start == mark
         if self.state_folder is None or not is_taken(self.state / name):
             return None
         try:
@@ -252,17 +259,16 @@ class ResultPaths:
             for name, text in texts.items():
                 write_text(self.state / name, text)
             return tuple(str(self.state / name) for name in texts)
-        for name, text in texts.items():
-            objects.write(name, text.encode("utf-8", "backslashreplace"))
+        objects.write_each({name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()})
         return tuple(f"{objects}/{name}" for name in texts)
 
     def forget(self, *names: str) -> None:
         """Remove what has these names beside the result."""
+        if self.beside is not None:
+            self.beside.remove_each(names)
+            return
         for name in names:
-            if self.beside is None:
-                remove_file(self.state / name)
-            else:
-                self.beside.remove(name)
+            remove_file(self.state / name)
 
     @property
     def beside(self) -> Objects | None:
@@ -272,7 +278,11 @@ class ResultPaths:
 
 def recorded_attributes(group: Path | StoredResult) -> dict[str, Any]:
     """The attributes of a result group; none where no group is. Raises IntegrityError where it is damaged."""
-    found = group_attributes(group).get(ATTRIBUTES)
+    return _ours_of(group_attributes(group))
+
+
+def _ours_of(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    found = attributes.get(ATTRIBUTES)
     return dict(found) if isinstance(found, Mapping) else {}
 
 

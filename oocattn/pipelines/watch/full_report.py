@@ -306,8 +306,8 @@ def write_full_report(report: FullReport, paths: ResultPaths) -> FullReport:
     Raises ResultExistsError where something has a name of theirs that oocattn has not written.
     """
     texts = {FULL_REPORT: json.dumps(report.to_json(), indent=1) + "\n", REPORT_PAGE: report.page()}
-    for name in texts:
-        if paths.is_ours(name) is False:
+    for name, ours in paths.are_ours(*texts).items():
+        if ours is False:
             raise ResultExistsError(
                 f"{name} beside {paths.result} was not written by oocattn, which replaces only its own files: move it away"
             )
@@ -330,7 +330,7 @@ def write_report(
 
 def renew_full_report(paths: ResultPaths) -> None:
     """Write the report again, now that there is a certificate, unless the files that the run wrote are there no more."""
-    if all(paths.is_ours(name) for name in (FULL_REPORT, REPORT_PAGE)):
+    if all(paths.are_ours(FULL_REPORT, REPORT_PAGE).values()):
         keep_full_report(paths)
 
 

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from oocattn import clock
-from oocattn.errors import IntegrityError, LockedError, OocattnError, ProblemError, TimeLimitError
+from oocattn.errors import LockedError, OocattnError, ProblemError, TimeLimitError
 from oocattn.naming import setting
 from oocattn.records import ADDED, from_json, parse_json
 from oocattn.storage.journal.claims import MOST_BYTES, UNKNOWN_HOLDER, Claim, Holder
@@ -64,8 +64,10 @@ class StoreClaim:
         asked = time.clock_gettime(time.CLOCK_BOOTTIME)  # which goes on while the machine sleeps
         if not afresh and 0 <= asked - _checked.get(self.token, 0.0) < BEAT:
             return
-        text = _read(self.objects, self.number)
-        if text is None or text.holder.token != self.token or self.objects.read(_name(self.number + 1)) is not None:
+        own, later = _name(self.number), _name(self.number + 1)
+        found = self.objects.read_starts({own: MOST_BYTES, later: 1})
+        text = _parse(found[own])
+        if text is None or text.holder.token != self.token or found[later] is not None:
             now = _highest(self.objects)
             taken = f"lost to {now.holder}" if now else "removed"
             raise LockedError(
@@ -197,10 +199,13 @@ def _numbers(objects: Objects) -> list[int]:
 
 
 def _read(objects: Objects, number: int) -> _Text | None:
+    return _parse(objects.read_start(_name(number), MOST_BYTES))
+
+
+def _parse(content: bytes | None) -> _Text | None:
     try:
-        content = objects.read(_name(number), MOST_BYTES)
         return None if content is None else from_json(_Text, parse_json(content))
-    except (ValueError, IntegrityError):
+    except ValueError:  # also where it is longer
         return _Text(UNKNOWN_HOLDER)
 
 

@@ -5,7 +5,7 @@ Every request is retried as reads are (`transient`), and names store and key whe
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,13 +13,16 @@ from typing import Any, TypeVar
 from oocattn.errors import IntegrityError, ProblemError
 from oocattn.storage.bounded import read_start
 from oocattn.storage.nodes import MOST_BYTES
-from oocattn.storage.remote.store import NoConditionalPutError, RemoteStore
+from oocattn.storage.remote.store import NoConditionalPutError, RemoteStore, all_of
 from oocattn.storage.remote.transient import retry
 from oocattn.storage.zarr_compat import Store, buffer_prototype, sync
 
 T = TypeVar("T")
 
 Content = bytes | bytearray
+
+TOGETHER = 32
+"""Requests that are under way at a time, at most."""
 
 
 class Objects:
@@ -47,7 +50,15 @@ class Objects:
 
     def read_start(self, key: str, nbytes: int) -> bytes | None:
         """The first bytes of an object; None where there is none."""
-        return self._request("reading", key, lambda place: read_start(self.store, place, nbytes))
+        return self.read_starts({key: nbytes})[key]
+
+    def read_starts(self, nbytes: Mapping[str, int]) -> dict[str, bytes | None]:
+        """The first bytes of objects, so many of each, which are asked for at the same time."""
+
+        def read(key: str, most: int) -> Awaitable[bytes | None]:
+            return self._ask("reading", key, lambda place: read_start(self.store, place, most))
+
+        return dict(zip(nbytes, sync(all_of(read(*each) for each in nbytes.items())), strict=True))
 
     def find_size(self, key: str) -> int | None:
         """Bytes of an object; None where there is none."""
@@ -78,13 +89,21 @@ class Objects:
 
     def write(self, key: str, content: Content) -> None:
         """Write an object, in place of one that is there. Raises ProblemError where there is no such bucket."""
-        store = self.store
-        if not isinstance(store, RemoteStore):
-            value = buffer_prototype.buffer.from_bytes(bytes(content))
-            self._request("writing", key, lambda place: store.set(place, value))
-            return
+        self.write_each({key: content})
+
+    def write_each(self, contents: Mapping[str, Content]) -> None:
+        """Write some small objects, at the same time; as `write`."""
+
+        async def write(key: str, content: Content) -> None:
+            store = self.store
+            if isinstance(store, RemoteStore):
+                await store.put(key, content)
+            else:
+                value = buffer_prototype.buffer.from_bytes(bytes(content))
+                await self._ask("writing", key, lambda place: store.set(place, value))
+
         try:
-            sync(store.put(key, content))
+            sync(all_of(write(*each) for each in contents.items()))
         except FileNotFoundError as error:
             raise self._no_bucket_error() from error
 
@@ -121,16 +140,29 @@ class Objects:
 
     def remove(self, key: str, content: bytes | None = None) -> None:
         """Remove an object, if it is there; with `content`, of a remote store, only while it has that."""
+        sync(self._remove(key, content))
+
+    def remove_each(self, keys: Iterable[str]) -> None:
+        """Remove objects that are there, some at the same time."""
+        left = list(keys)
+        for first in range(0, len(left), TOGETHER):
+            sync(all_of(map(self._remove, left[first : first + TOGETHER])))
+
+    async def _remove(self, key: str, content: bytes | None = None) -> None:
+        store = self.store
         with suppress(FileNotFoundError):
-            if isinstance(self.store, RemoteStore):
-                sync(self.store.remove(key, content))
+            if isinstance(store, RemoteStore):
+                await store.remove(key, content)
             else:
-                self._request("removing", key, self.store.delete)
+                await self._ask("removing", key, store.delete)
 
     def _request(self, operation: str, key: str, step: Callable[[str], Awaitable[T]]) -> T:
+        return sync(self._ask(operation, key, step))
+
+    async def _ask(self, operation: str, key: str, step: Callable[[str], Awaitable[T]]) -> T:
         place = self._below + key
         if isinstance(self.store, RemoteStore):  # which retries by itself
-            return sync(step(place))  # type: ignore[arg-type, unused-ignore]
+            return await step(place)
 
         async def named() -> T:
             try:
@@ -138,7 +170,7 @@ class Objects:
             except KeyError as error:  # Icechunk's, of a node that is not there
                 raise FileNotFoundError(place) from error
 
-        return sync(retry(operation, f"{self.name}/{key}", named))
+        return await retry(operation, f"{self.name}/{key}", named)
 
     def _no_bucket_error(self) -> ProblemError:
         return ProblemError(f"{self.name}: there is no such bucket or folder: make it, or choose another place")

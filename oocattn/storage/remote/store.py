@@ -145,8 +145,7 @@ class RemoteStore(FsspecStore):
             if not self.supports_listing:
                 return {}
             self.fs.invalidate_cache(path)
-            found: dict[str, Any] = await self.fs._find(path, detail=True, withdirs=False)
-            return found
+            return await self._find(path)
 
         try:
             found = await self._retry("listing", prefix, step, patience=LISTING_PATIENCE)
@@ -163,10 +162,27 @@ class RemoteStore(FsspecStore):
         getsize = super().getsize
         return await self._retry("reading", key, lambda: getsize(key))
 
+    async def _find(self, path: str) -> dict[str, Any]:
+        """What the file system tells of all objects below a path. s3fs asks twice more whether an empty one is an object."""
+        parent, _, name = path.rstrip("/").rpartition("/")
+        where = {"path": parent, "prefix": f"{name}/"} if self._is_s3 and parent else {"path": path}
+        found: dict[str, Any] = await self.fs._find(detail=True, withdirs=False, **where)
+        return found
+
+    @property
+    def _is_s3(self) -> bool:
+        protocol = unwrapped_files(self.fs).protocol
+        return "s3" in ((protocol,) if isinstance(protocol, str) else protocol)
+
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
         """The keys that begin so."""
-        for key in await self._list_keys(prefix, super().list_prefix):
+        for key in await self._list_keys(prefix, self._list_all if not prefix and self._is_s3 else super().list_prefix):
             yield key
+
+    async def _list_all(self, _: str) -> AsyncIterator[str]:
+        root = self.path.rstrip("/")
+        for path in await self._find(root):
+            yield path.removeprefix(f"{root}/")
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """The names in what would be a folder."""

@@ -109,7 +109,7 @@ class RunState:
         if publication is None:
             self._refuse_to_move(overwrite)
         else:
-            publication.refuse(overwrite=overwrite)
+            there = publication.refuse(overwrite=overwrite)
         self._remove_journal()
         if publication is None:
             self._restore()
@@ -134,10 +134,11 @@ class RunState:
             write_given(group, layout.given, separator)
         sync_metadata(growing)
         if publication is not None:
-            publication.begin(growing)
+            publication.begin(growing, there)
         if paths.mirror is not None:
             paths.mirror.push(growing)
-        return GrowingResult(growing, paths.identity(), chunks_of(paths, self.claim))
+        replaces = paths.identity() if publication is None else None
+        return GrowingResult(growing, replaces, chunks_of(paths, self.claim))
 
     def _refuse_to_move(self, overwrite: bool) -> None:
         """Raise where what grows in the folder of job state could not be given the result's name."""
@@ -310,7 +311,7 @@ class RunState:
 
     def _forget_certificate(self) -> None:
         """Remove what is said of another result."""
-        reports = (name for name in MARKS if self.paths.is_ours(name) is not False)
+        reports = (name for name, ours in self.paths.are_ours(*MARKS).items() if ours is not False)
         self.paths.forget(CERTIFICATE, CERTIFICATE_PAGE, *reports)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from oocattn.storage.remote.mirror import MIRRORED
 from oocattn.storage.results.added import NAMES as ADDED
 from oocattn.storage.results.chunk_objects import ChunkObjects
 from oocattn.storage.results.marks import MARK, describe_mark, is_from_here, make_mark, read_mark
-from oocattn.storage.results.stored import StoredResult
+from oocattn.storage.results.stored import NODES, StoredResult
 
 _METADATA = "zarr.json"
 
@@ -44,13 +45,13 @@ class Publication:
     paths: ResultPaths
     stored: StoredResult
 
-    def refuse(self, *, overwrite: bool) -> None:
-        """Raise ResultExistsError where something is there that a new run may not remove."""
+    def refuse(self, *, overwrite: bool) -> list[str]:
+        """Raise ResultExistsError where something is there that a new run may not remove; return the keys of the rest."""
         keys, objects = self.stored.objects.list(), self.stored.objects
         foreign = next((key for key in keys if not _OURS.fullmatch(key)), None)
         if foreign is not None:
             raise ResultExistsError(f"{objects}/{foreign} is there, and oocattn did not write it: choose another place")
-        taken = self.stored.is_taken()
+        taken = any(key in NODES for key in keys)
         if taken and not overwrite:
             raise ResultExistsError(
                 f"{objects} exists: choose another place, or replace it with {setting('overwrite', True)}"
@@ -63,13 +64,14 @@ class Publication:
                 f"{objects}: an unfinished run to it has its job state {describe_mark(mark)}: resume it there, or begin "
                 f"again with {setting('overwrite', True)}"
             )
+        return keys
 
-    def begin(self, growing: Path) -> None:
-        """Remove what is there, which `refuse` let pass, and mark the place as that of a run."""
-        objects = self.stored.objects
+    def begin(self, growing: Path, keys: Sequence[str]) -> None:
+        """Remove what is there, the `keys` that `refuse` let pass, and mark the place as that of a run."""
         make_mark(self.paths, growing.name)
-        objects.remove(_METADATA)  # half a result is never seen
-        self._remove_ours()
+        if _METADATA in keys:
+            self.stored.objects.remove(_METADATA)  # half a result is never seen
+        self.stored.objects.remove_each(keys)
         self._write_arrays(growing)
 
     def resume(self, growing: Path) -> None:
@@ -86,9 +88,7 @@ class Publication:
     def _write_arrays(self, growing: Path) -> None:
         """Write the metadata of arrays, to a store that takes no chunk without."""
         if self.stored.needs_arrays_first:
-            for key in _files_in(growing):
-                if key.endswith(f"/{_METADATA}"):
-                    self._write(growing, key)
+            self._write_each(growing, [key for key in _files_in(growing) if key.endswith(f"/{_METADATA}")])
 
     def commit(self, growing: Path) -> None:
         """Write what is in the growing folder, the group's metadata last. Raises ResultExistsError where one is there."""
@@ -96,8 +96,7 @@ class Publication:
         content = _content(growing, last)
         found = self.stored.read(last)
         if found is None:
-            for key in others:
-                self._write(growing, key)
+            self._write_each(growing, others)
             if self.paths.lock_kind == "none":
                 self.stored.objects.write(last, content)
             elif not self.stored.objects.create(last, content):
@@ -123,11 +122,10 @@ class Publication:
 
     def _remove_ours(self) -> None:
         """Remove the objects of a result; what others have put between them meanwhile stays."""
-        for key in filter(_OURS.fullmatch, self.stored.objects.list()):
-            self.stored.objects.remove(key)
+        self.stored.objects.remove_each(filter(_OURS.fullmatch, self.stored.objects.list()))
 
-    def _write(self, growing: Path, key: str) -> None:
-        self.stored.objects.write(key, _content(growing, key))
+    def _write_each(self, growing: Path, keys: Iterable[str]) -> None:
+        self.stored.objects.write_each({key: _content(growing, key) for key in keys})
 
 
 def _files_in(growing: Path) -> list[str]:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 from weakref import WeakValueDictionary
 
 from zarr.storage import FsspecStore
 
-from oocattn.errors import ProblemError
+from oocattn.errors import ProblemError, RemoteDeniedError
 from oocattn.storage.locations import Location, describe, parse_location
+from oocattn.storage.nodes import MOST_BYTES, attributes_of, read_group
 from oocattn.storage.remote.objects import Objects
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.remote.store import RemoteStore, open_remote, unwrapped_files
@@ -114,7 +115,25 @@ class StoredResult:
 
     def is_taken(self) -> bool:
         """Whether a group or an array is there."""
-        return any(self.read(key) is not None for key in NODES)
+        return any(found is not None for found in self._read_nodes().values())
+
+    def attributes(self) -> dict[str, Any] | None:
+        """The attributes of the group; none of an array, None where nothing is. Raises IntegrityError for a damaged one."""
+        nodes = self._read_nodes()
+        if all(found is None for found in nodes.values()):
+            return None
+        group = read_group(lambda key: nodes[key] if key in nodes else self.read(key), str(self))
+        return {} if group is None else attributes_of(group, str(self))
+
+    def _read_nodes(self) -> Mapping[str, bytes | None]:
+        """What is at the keys of `NODES`, which are asked for at the same time."""
+        try:
+            return self.objects.read_starts(dict.fromkeys(NODES, MOST_BYTES + 1))
+        except RemoteDeniedError:  # also the answer for a missing object, where listing is not allowed
+            found = self.read(NODES[0])
+            if found is None:
+                raise
+            return {**dict.fromkeys(NODES), NODES[0]: found}
 
     def above(self) -> Iterator[StoredResult]:
         """The places that this one lies in, the nearest first; the first part of a remote path is its bucket."""
