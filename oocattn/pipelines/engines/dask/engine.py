@@ -36,7 +36,6 @@ from oocattn.pipelines.engines.base import (
     collect_answers,
     warn_of_failure,
 )
-from oocattn.pipelines.engines.dask.abandoned import follow_lanes, leave_run
 from oocattn.pipelines.engines.dask.beats import LaneBeats
 from oocattn.pipelines.engines.dask.cluster import (
     answer,
@@ -55,11 +54,11 @@ from oocattn.pipelines.engines.dask.cluster import (
     warn_of_open_ports,
 )
 from oocattn.pipelines.engines.dask.enlisting import Roll, enlist, enlist_again
-from oocattn.pipelines.engines.dask.groups import follow_groups
 from oocattn.pipelines.engines.dask.lane_plugin import plugin_name
 from oocattn.pipelines.engines.dask.local_cluster import local_client
 from oocattn.pipelines.engines.dask.obstacles import Inquiry
 from oocattn.pipelines.engines.dask.readiness import Expectations
+from oocattn.pipelines.engines.dask.run_at_scheduler import follow_run, leave_run
 from oocattn.pipelines.engines.dask.runs import PAGE, Record, shown
 from oocattn.pipelines.engines.dask.tasks import close_lane, open_lane, perform_task, save, stop
 from oocattn.pipelines.graph import Task, TaskId
@@ -75,12 +74,6 @@ Key = tuple[str, int, int]
 """A task's key at the scheduler: group (step and run), head group, index."""
 
 PAUSE_SECONDS = 0.05  # between two looks at whether tasks still execute
-FOLLOWED = {
-    follow_lanes: "lanes stay on workers where a driver dies",
-    follow_groups: "Dask's page of task groups may be wrong",
-}
-"""What follows a run at the scheduler, and what is so without it."""
-
 IMPORT = "__import__('oocattn.pipelines.engines.dask.readiness')"
 """What a worker that has joined evaluates before lanes stop for it: PyTorch takes seconds."""
 
@@ -167,11 +160,11 @@ class DaskLanes(Lanes):
         asked = (self._name, self._run, self._devices)
 
         async def open_lanes() -> None:
-            for follow, without in FOLLOWED.items():
-                try:
-                    await self._client.run_on_scheduler(follow, self._name, self._client.id)
-                except Exception as error:  # whatever a scheduler that lacks oocattn raises: the run does without
-                    logger.info("%s: %s", without, error)
+            try:
+                await self._client.run_on_scheduler(follow_run, self._name, self._client.id)
+            except Exception as error:  # whatever a scheduler that lacks oocattn raises: the run does without
+                words = "lanes stay on workers where a driver dies, and Dask's page of task groups may be wrong: %s"
+                logger.info(words, error)
             await self._client.run(open_lane, *asked, workers=self.workers)
 
         return begin(self._client, open_lanes)

@@ -52,20 +52,24 @@ async def close_lane(run: str, dask_worker: Worker) -> int:
     if plugin is None:
         return 0
     plugin.dismissed = True
-    await dask_worker.plugin_remove(plugin_name(run))
-    await end_watch(dask_worker)
+    await remove_lane(plugin, dask_worker)
     return 1
+
+
+async def remove_lane(plugin: LanePlugin, worker: Worker) -> None:
+    """Have a worker close the lane that a plugin keeps, and forget both."""
+    await worker.plugin_remove(plugin_name(plugin.run))
+    await end_watch(worker)
 
 
 async def close_stale_lanes(result: str, state: Path, dask_worker: Worker) -> None:
     """Close lanes of runs to the same result, or with job state in the same folder, whose driver is gone."""
-    for name, plugin in list(dask_worker.plugins.items()):
+    for plugin in list(dask_worker.plugins.values()):
         if isinstance(plugin, LanePlugin) and (
             str(plugin.work.paths.result) == result or plugin.work.paths.state.is_relative_to(state)
         ):
             plugin.abandon()
-            await dask_worker.plugin_remove(name)
-    await end_watch(dask_worker)
+            await remove_lane(plugin, dask_worker)
 
 
 def stop(run: str, dask_worker: Worker) -> int:
