@@ -11,6 +11,7 @@ import torch  # noqa: F401 - before Zarr, which imports CuPy where there is one:
 
 from oocattn import arguments, clock
 from oocattn.arguments import Duration, Size, checked
+from oocattn.cores import Workers
 from oocattn.kernels.registry import kernel_names
 from oocattn.pipelines import session
 from oocattn.pipelines.engines import DASHBOARD, ENGINES
@@ -111,7 +112,7 @@ def plan(
     parsed: Any = (device_memory, host_memory, chunks, decomposition, kernel, checkpoint_interval, precise)  # checked
     paths = None if result is None else ResultPaths.at(result, storage_options=storage_options)
     scratch, to_store = (None, False) if paths is None else (paths.state_folder, paths.stored is not None)
-    return plan_here(opened, problem, Choices(*parsed), lanes, scratch, engine, to_store=to_store)
+    return plan_here(opened, problem, Choices(*parsed), Workers(lanes), scratch, engine, to_store=to_store)
 
 
 @checked(PROBLEM_OPTIONS, **PLAN_OPTIONS, **RUN_OPTIONS, **PLACE_OPTIONS, overwrite=arguments.boolean)

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,19 @@ class UsableCores(NamedTuple):
 
 FindCores = Callable[[], Cores | None]
 """Finds the cores of a machine with workers; None stands for those of this process."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Workers that a run may have, and the most of them on one machine and in one process; 0 stands for all.
+
+    None are as many as this machine would have: one, or one for each GPU. `find_cores` finds the cores of a machine.
+    """
+
+    count: int | None = None
+    of_machine: int = 0
+    of_process: int = 0
+    find_cores: FindCores = lambda: None
 
 
 def count_cores() -> int:

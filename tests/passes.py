@@ -15,6 +15,7 @@ from support import GENEROUS, GPU, MACHINE, replanned, with_partials
 
 import oocattn
 from oocattn import Plan, Survey
+from oocattn.cores import Workers
 from oocattn.kernels.registry import get_kernel
 from oocattn.pipelines import session
 from oocattn.planning.candidates import Choices, make_plan
@@ -53,18 +54,17 @@ def planned(
         dataset: Dataset,
         problem: Problem,
         choices: Choices,
-        lanes: int | None,
+        workers: Workers,
         scratch: Path | None,
         engine: Engine,
         *,
         to_store: bool = False,
-        **others: Any,
     ) -> Plan:
         if problem.second_pass is None:
-            return real(dataset, problem, choices, lanes, scratch, engine, to_store=to_store, **others)
+            return real(dataset, problem, choices, workers, scratch, engine, to_store=to_store)
         made = make_plan(
             problem,
-            replace(machine, lanes=lanes or 1),
+            replace(machine, lanes=workers.count or 1),
             inputs=replace(input_cost(dataset, problem, host_memory=0), decode_rate=1e9),
             device_memory=GENEROUS,
             host_memory=choices.host_memory or GENEROUS,

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from oocattn import arguments
 from oocattn.arguments import Size
+from oocattn.cores import Workers
 from oocattn.errors import BudgetError, ProblemError
 from oocattn.nn.tracing import not_compiled, refuse_traced
 from oocattn.pipelines.engines import DASHBOARD
@@ -135,11 +136,11 @@ def _run(problem: Problem, dataset: Dataset, device_memory: int | None, host: in
     """Run the problem to a result in one of the folders."""
     workplace, chosen = Workplace("inline", None, DASHBOARD), [on_disk]
 
-    def decide(lanes: int, *_: object) -> Plan:
+    def decide(workers: Workers) -> Plan:
         def plan(budget: int, folder: Path) -> Plan:
             device = device_memory if torch.cuda.is_available() else None
             choices = Choices(device, budget, checkpoint_seconds=0.0)  # nobody resumes it
-            return plan_here(dataset, problem, choices, lanes, folder, "inline")
+            return plan_here(dataset, problem, choices, workers, folder, "inline")
 
         left = host - _out_bytes(problem)
         if left > 0 and shutil.disk_usage(in_memory).free > 2 * _out_bytes(problem):

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from oocattn import clock
-from oocattn.cores import FindCores
+from oocattn.cores import Workers
 from oocattn.errors import ProblemError
 from oocattn.naming import by_face
 from oocattn.pipelines.again import how_to_pass
@@ -157,13 +157,12 @@ def attend(request: Request, choices: Choices, workplace: Workplace, callbacks: 
     if isinstance(found, Run):
         check_chosen(found, choices)
 
-    def decide(lanes: int, machine_lanes: int, process_lanes: int, find_cores: FindCores) -> Plan:
+    def decide(workers: Workers) -> Plan:
         if isinstance(found, Run):
             return found.plan
         paths, to_store = request.paths, request.paths.stored is not None
-        chosen = request.dataset, request.problem, choices, lanes, paths.state, workplace.engine
-        sharing: Any = {"machine_lanes": machine_lanes, "process_lanes": process_lanes}
-        return plan_here(*chosen, **sharing, find_cores=find_cores, to_store=to_store)
+        chosen = request.dataset, request.problem, choices, workers, paths.state, workplace.engine
+        return plan_here(*chosen, to_store=to_store)
 
     kernel, precise = choices.kernel, choices.precise
     with workplace.prepare(request.problem, kernel, decide, until, precise=precise) as (engine, plan):
@@ -219,7 +218,7 @@ def resume(
         words = how_to_pass(paths, found.plan.problem)
         raise ProblemError(f"{paths.result} is a second pass over another result: go on with {words}")
     plan, dataset = found.plan, open_dataset(found, named, storage_options)
-    with workplace.prepare(plan.problem, plan.kernel, lambda *_: plan, until) as (engine, _):
+    with workplace.prepare(plan.problem, plan.kernel, lambda _: plan, until) as (engine, _):
         return resume_run(found, dataset, engine, callbacks, until, resuming)
 
 

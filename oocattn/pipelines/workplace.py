@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from oocattn import clock
-from oocattn.cores import FindCores
+from oocattn.cores import Workers
 from oocattn.errors import ProblemError, TimeLimitError
 from oocattn.forks import refuse_lost_client, refuse_lost_threads
 from oocattn.naming import named
@@ -59,14 +59,13 @@ class Workplace:
         self,
         problem: Problem,
         kernel: str | None,
-        decide: Callable[[int, int, int, FindCores], Plan],
+        decide: Callable[[Workers], Plan],
         until: float,
         *,
         precise: bool = False,
     ) -> Iterator[tuple[Engine, Plan]]:
         """Have an engine while inside, and the plan that `decide` makes.
 
-        It is given the number of lanes, the most on one machine and in one process, and what finds the cores of a machine.
         Raises ProblemError where no worker can be had, TimeLimitError where none has come by `until`.
         """
         if self.client is not None:
@@ -74,7 +73,7 @@ class Workplace:
             refuse_lost_threads()
             from oocattn.pipelines.engines.dask.engine import DaskEngine
 
-            yield DaskEngine(self.client), decide(*_look_at_workers(self.client, until))
+            yield DaskEngine(self.client), decide(_look_at_workers(self.client, until))
             return
         refuse_lost_threads()
         with ThreadPool(1, "oocattn-prepare") as beside:
@@ -82,7 +81,7 @@ class Workplace:
             open_engine = self._import_engine()
             warm.result()
             lanes = count_lanes(kernel)
-            plan = decide(lanes, lanes, lanes, lambda: None)
+            plan = decide(Workers(lanes, lanes, lanes))
             rehearsed = beside.submit(rehearse, plan)
             with open_engine(min(plan.lanes, lanes)) as engine:  # the plan may be of another machine
                 rehearsed.result()
@@ -99,11 +98,8 @@ class Workplace:
         return partial(local_engine, self.dashboard_address)
 
 
-def _look_at_workers(client: Client, until: float) -> tuple[int, int, int, FindCores]:
-    """How many workers a client has, the most on one machine and in one process, and what asks for their cores.
-
-    A first one is waited for.
-    """
+def _look_at_workers(client: Client, until: float) -> Workers:
+    """The workers of a client; a first one is waited for."""
     from oocattn.pipelines.engines.dask.cluster import find_cores, host_of, is_in_process, wait_for_first, worker_addresses
     from oocattn.pipelines.engines.dask.obstacles import refuse_own_thread
 
@@ -116,4 +112,4 @@ def _look_at_workers(client: Client, until: float) -> tuple[int, int, int, FindC
     workers = worker_addresses(client)
     hosts = Counter(map(host_of, workers))
     of_process = max(1, sum(map(is_in_process, workers)))
-    return len(workers), max(hosts.values(), default=0), of_process, lambda: find_cores(client, workers, check)
+    return Workers(len(workers), max(hosts.values(), default=0), of_process, lambda: find_cores(client, workers, check))

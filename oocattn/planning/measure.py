@@ -9,12 +9,11 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from oocattn.cores import Cores, FindCores, usable_cores
+from oocattn.cores import Cores, Workers, usable_cores
 from oocattn.errors import BudgetError, ProblemError
 from oocattn.forks import refuse_lost_gpus, refuse_lost_threads
 from oocattn.kernels.cuda.device import default_device_memory, launcher, release_cached_memory
@@ -65,12 +64,12 @@ def describe_hardware(
     problem: Problem,
     *,
     kernel: str | None,
-    lanes: int,
-    scratch: Path | None,
-    engine: Engine,
     precise: bool,
+    lanes: int,
     machine_lanes: int,
     cores: Cores,
+    scratch: Path | None,
+    engine: Engine,
 ) -> Hardware:
     """Measure the kernel, reading and small files on this machine and describe it for a plan.
 
@@ -138,34 +137,19 @@ def plan_here(
     dataset: Dataset,
     problem: Problem,
     choices: Choices,
-    lanes: int | None,
+    workers: Workers,
     scratch: Path | None,
     engine: Engine,
     *,
-    machine_lanes: int = 0,
-    process_lanes: int = 0,
-    find_cores: FindCores = lambda: None,
     to_store: bool = False,
 ) -> Plan:
     """Measure this machine and plan for an engine; partials would lie in the folder `scratch`, the result in a store.
 
-    `lanes` are workers, `MAX_LANES` at most (default: one, or one for each GPU), at most `machine_lanes` (0: all) on a
-    machine, whose cores `find_cores` finds, and at most `process_lanes` in a process; small budgets leave some of them out.
-    Raises ProblemError as `describe_hardware` and BudgetError as `make_plan`.
+    Of the `workers`, `MAX_LANES` at most have a lane, and small budgets leave some of them out. Raises ProblemError as
+    `describe_hardware` and BudgetError as `make_plan`.
     """
-    if lanes is not None and lanes < 1:
-        raise ProblemError(f"{lanes} workers: a run needs at least one; start workers and run again")
-    lanes = min(lanes or count_lanes(choices.kernel), MAX_LANES)
-    sharing = min(lanes, machine_lanes or lanes)
-    found = find_cores() if choose_device(choices.kernel) == "cpu" else None
-    cores = cores_of_lanes(found, usable_cores(), torch.get_num_threads(), sharing)
-    of_lanes: Any = {"lanes": lanes, "machine_lanes": sharing, "cores": cores, "engine": engine, "scratch": scratch}
-    hardware = describe_hardware(dataset, problem, kernel=choices.kernel, precise=choices.precise, **of_lanes)
-    hardware = replace(hardware, process_lanes=process_lanes if process_lanes < sharing else 0)
-    device_memory = choices.device_memory
-    if device_memory is None:
-        device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.sharing_lanes)
-    host_memory = default_host_memory() if choices.host_memory is None else choices.host_memory
+    hardware, cores = _hardware_of(dataset, problem, choices, workers, scratch, engine)
+    budgets = _budgets(choices, hardware)
     make = partial(
         make_plan,
         problem,
@@ -175,14 +159,14 @@ def plan_here(
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
         to_store=to_store,
     )
-    share = partial(share_machine, round_rates(hardware), cores, (device_memory, host_memory))
-    inputs = input_cost(dataset, problem, host_memory)
+    share = partial(share_machine, round_rates(hardware), cores, budgets)
+    inputs = input_cost(dataset, problem, budgets[1])
     try:
         chosen = share(partial(make, inputs=inputs))
     except BudgetError:
         if not inputs.ahead:
             raise
-        inputs = input_cost(dataset, problem, host_memory, ahead=False)
+        inputs = input_cost(dataset, problem, budgets[1], ahead=False)
         chosen = share(partial(make, inputs=inputs))
     hardware = with_lanes(hardware, chosen.machine)
     plan = recost(replace(chosen, machine=hardware.machine), hardware.scratch_bytes)
@@ -190,6 +174,38 @@ def plan_here(
     if warning is not None:
         logger.warning("%s", warning)
     return plan
+
+
+def _hardware_of(
+    dataset: Dataset, problem: Problem, choices: Choices, workers: Workers, scratch: Path | None, engine: Engine
+) -> tuple[Hardware, Cores]:
+    """The hardware that so many workers have, and the cores of a machine's. Raises ProblemError where there is none."""
+    if workers.count is not None and workers.count < 1:
+        raise ProblemError(f"{workers.count} workers: a run needs at least one; start workers and run again")
+    lanes = min(workers.count or count_lanes(choices.kernel), MAX_LANES)
+    sharing = min(lanes, workers.of_machine or lanes)
+    found = workers.find_cores() if choose_device(choices.kernel) == "cpu" else None
+    cores = cores_of_lanes(found, usable_cores(), torch.get_num_threads(), sharing)
+    hardware = describe_hardware(
+        dataset,
+        problem,
+        kernel=choices.kernel,
+        precise=choices.precise,
+        lanes=lanes,
+        machine_lanes=sharing,
+        cores=cores,
+        scratch=scratch,
+        engine=engine,
+    )
+    return replace(hardware, process_lanes=workers.of_process if workers.of_process < sharing else 0), cores
+
+
+def _budgets(choices: Choices, hardware: Hardware) -> tuple[int, int]:
+    """The budgets of memory of device and host, in bytes: those that were chosen, or shares of what is free."""
+    device_memory = choices.device_memory
+    if device_memory is None:
+        device_memory = default_host_memory() if hardware.device == "cpu" else default_device_memory(hardware.sharing_lanes)
+    return device_memory, default_host_memory() if choices.host_memory is None else choices.host_memory
 
 
 def _choose_kernel(problem: Problem, kernel: str | None, precise: bool) -> tuple[Device, str]:
