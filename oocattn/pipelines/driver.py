@@ -218,13 +218,13 @@ class FailureLimits:
     def __init__(self) -> None:
         self._at: Counter[str] = Counter()
         self._in_a_row = 0
-        self._left = math.inf
+        self._fewest_left = math.inf
 
     def note_progress(self, left: int) -> None:
-        """Subproblems that are left, less finished chunks: where these became fewer, the run goes on despite failures."""
-        if left < self._left:
+        """Subproblems that are left, less finished chunks: where these become fewer, the run goes on despite failures."""
+        if left < self._fewest_left:
+            self._fewest_left = left
             self._in_a_row = 0
-        self._left = left
 
     def add(self, error: Failure) -> None:
         """Raise the error where it is one too many."""

@@ -109,7 +109,7 @@ def _look_at_workers(client: Client, until: float) -> Workers:
 
     refuse_own_thread(client)
     wait_for_first(client, check)
-    workers = worker_addresses(client)
+    workers = worker_addresses(client, check=check)
     hosts = Counter(map(host_of, workers))
     of_process = max(1, sum(map(is_in_process, workers)))
     return Workers(len(workers), max(hosts.values(), default=0), of_process, lambda: find_cores(client, workers, check))

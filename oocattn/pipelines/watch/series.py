@@ -111,7 +111,10 @@ class Busy:
 
 
 class Covered:
-    """The seconds in which resources were busy, by name, as rates of the same bins as other amounts."""
+    """The seconds in which resources were busy, by name, as rates of the same bins as other amounts.
+
+    Each is counted once, but for those that an interval covers again after `MOST_INTERVALS` later ones.
+    """
 
     def __init__(self, rates: Rates) -> None:
         self._rates = rates

@@ -92,7 +92,7 @@ class Objects:
         self.write_each({key: content})
 
     def write_each(self, contents: Mapping[str, Content]) -> None:
-        """Write some small objects, at the same time; as `write`."""
+        """Write a few objects, which are small together, at the same time; as `write`."""
 
         async def write(key: str, content: Content) -> None:
             store = self.store
@@ -143,7 +143,7 @@ class Objects:
         sync(self._remove(key, content))
 
     def remove_each(self, keys: Iterable[str]) -> None:
-        """Remove objects that are there, some at the same time."""
+        """Remove objects, those that are there, some at the same time."""
         left = list(keys)
         for first in range(0, len(left), TOGETHER):
             sync(all_of(map(self._remove, left[first : first + TOGETHER])))

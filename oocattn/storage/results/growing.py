@@ -103,13 +103,13 @@ class RunState:
         ProblemError where it could not be given its name later, and ResultExistsError where a file of somebody else's would
         be removed, now or then.
         """
-        paths, publication = self.paths, self._publication
+        paths, publication, keys = self.paths, self._publication, list[str]()
         self._check()
         self._refuse_foreign()
         if publication is None:
             self._refuse_to_move(overwrite)
         else:
-            there = publication.refuse(overwrite=overwrite)
+            keys = publication.refuse(overwrite=overwrite)
         self._remove_journal()
         if publication is None:
             self._restore()
@@ -134,7 +134,7 @@ class RunState:
             write_given(group, layout.given, separator)
         sync_metadata(growing)
         if publication is not None:
-            publication.begin(growing, there)
+            publication.begin(growing, keys)
         if paths.mirror is not None:
             paths.mirror.push(growing)
         replaces = paths.identity() if publication is None else None

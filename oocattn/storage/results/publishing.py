@@ -71,7 +71,7 @@ class Publication:
         make_mark(self.paths, growing.name)
         if _METADATA in keys:
             self.stored.objects.remove(_METADATA)  # half a result is never seen
-        self.stored.objects.remove_each(keys)
+        self.stored.objects.remove_each(key for key in keys if key != _METADATA)
         self._write_arrays(growing)
 
     def resume(self, growing: Path) -> None:

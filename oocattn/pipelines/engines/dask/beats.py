@@ -31,3 +31,7 @@ class LaneBeats:
         """Workers that beat before and do so no more."""
         now = time.monotonic()
         return [address for address, heard in list(self._heard.items()) if now - heard > SILENT_SECONDS]
+
+
+def ignore_beat(event: object) -> None:
+    """A beat that comes after the end of its run."""

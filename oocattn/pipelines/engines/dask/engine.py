@@ -36,7 +36,7 @@ from oocattn.pipelines.engines.base import (
     collect_answers,
     warn_of_failure,
 )
-from oocattn.pipelines.engines.dask.beats import LaneBeats
+from oocattn.pipelines.engines.dask.beats import LaneBeats, ignore_beat
 from oocattn.pipelines.engines.dask.cluster import (
     answer,
     assign_devices,
@@ -245,12 +245,18 @@ class DaskLanes(Lanes):
     def close(self, seconds: float) -> None:
         workers = self._living_workers(seconds)
         self._ask(close_lane, workers, seconds, NOT_CLOSED)
+        left, topic = False, plugin_name(self._name)
         if self.is_here:
-            with suppress(Exception):  # the scheduler is gone, or silent
+            with suppress(Exception):  # the scheduler is gone, or silent, or lacks oocattn
                 check_scheduler(self._client)
                 answer(self._client, lambda: self._client.run_on_scheduler(leave_run, self._name), seconds)
-        # `unsubscribe_topic` would keep the handler, and have the scheduler begin the topic again (distributed 2026.8).
-        vars(self._client).get("_event_handlers", {}).pop(plugin_name(self._name), None)
+                left = True  # with the topic: to unsubscribe would begin it again (distributed 2026.8)
+        with suppress(Exception):  # the client is closed
+            if not left:
+                self._client.unsubscribe_topic(topic)
+        handlers = vars(self._client).get("_event_handlers", {})
+        if topic in handlers:  # which Dask keeps; without one it would log each beat that comes late
+            handlers[topic] = ignore_beat
 
     def _ask_again(self, function: Callable[..., object], seconds: float) -> list[int]:
         """A function's results on the workers that have answered so far."""

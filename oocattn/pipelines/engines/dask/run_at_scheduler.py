@@ -56,24 +56,19 @@ class RunAtScheduler(SchedulerPlugin):
         """A client is gone."""
         if client == self._client and not self._ended:
             self._closing = asyncio.get_running_loop().create_task(self._close_lanes())
-            self.end()
 
     async def _close_lanes(self) -> None:
         logger.warning("the driver of run %s is gone: its lanes are closed", self._run)
         call = {"op": "run", "function": dumps(abandon_lane), "args": dumps((self._run,)), "kwargs": dumps({})}
         await self._scheduler.broadcast(msg=call, on_error="ignore")
-        self._forget_beats()
+        self.end()
 
     def end(self) -> None:
         """Leave, and let the scheduler forget beats and groups, when it has forgotten their tasks."""
         self._ended = True
-        self._forget_beats()
-        self._leave()
-
-    def _forget_beats(self) -> None:
-        """Have Dask forget what lanes told of themselves, which it would keep (distributed 2026.8)."""
-        with suppress(AttributeError):
+        with suppress(AttributeError):  # Dask would keep what lanes told of themselves (distributed 2026.8)
             cast(Any, self._scheduler)._broker._topics.pop(plugin_name(self._run), None)
+        self._leave()
 
     def _leave(self) -> None:
         groups = self._scheduler.task_groups

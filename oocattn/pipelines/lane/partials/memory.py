@@ -169,7 +169,10 @@ class MemoryPartials:
         return fold
 
     def _next_due(self, due: set[Place], patient: bool) -> Place | None:
-        """An idle chunk of those that are `due`, which become fewer; None where there is none, and none will come."""
+        """An idle chunk of those that are `due`, which become fewer; None where there is none, and none will come.
+
+        It waits for those that another thread saves, and while it is `patient` for those in flight.
+        """
         waited: _Fold | None = None
         with self._changed:
             while True:
@@ -181,6 +184,7 @@ class MemoryPartials:
                 busy = self._folds[next(iter(due))]
                 if waited is not None and waited is not busy:
                     waited.save_pending = False
+                    self._changed.notify_all()  # of those that it kept from beginning
                 waited, busy.save_pending = busy, True
                 self._changed.wait()
             if waited is not None:
