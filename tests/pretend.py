@@ -95,7 +95,7 @@ def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "PinnedMemory", Memory)
     monkeypatch.setattr(cuda, "release_cached_memory", lambda device: None)
 
-    def assign(client: Client, device_type: str, workers: Container[str]) -> dict[str, str]:
+    def assign(client: Client, device_type: str, workers: Container[str], _: object) -> dict[str, str]:
         return dict.fromkeys(worker_addresses(client), "cuda:0" if device_type == "cuda" else "cpu")
 
     monkeypatch.setattr(engine, "assign_devices", assign)
