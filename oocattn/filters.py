@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_changing = threading.RLock()  # a thread may open one array while it opens another
+from oocattn.threads import ProcessLock
 
-
-def _replace_lock() -> None:
-    global _changing
-    _changing = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_replace_lock)  # another thread may have held it
+_changing = ProcessLock()  # a thread may open one array while it opens another
 
 
 @contextmanager
@@ -26,5 +18,5 @@ def no_warnings() -> Iterator[None]:
     Where two threads change and restore them by turns (1 changes, 2 changes, 1 restores, 2 restores), the change of thread
     1 stays. What is done here must be short: other threads wait.
     """
-    with _changing, warnings.catch_warnings(action="ignore"):
+    with _changing.held(), warnings.catch_warnings(action="ignore"):
         yield

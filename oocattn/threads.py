@@ -6,6 +6,7 @@ Python joins the threads of its own pools at exit, and would wait without end as
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import time
 import weakref
@@ -173,3 +174,20 @@ def _end_pools() -> None:
 
 
 atexit.register(_end_pools)
+
+
+class ProcessLock:
+    """A lock of the threads of a process, which a fork has afresh: a thread that is not there may have held it."""
+
+    def __init__(self) -> None:
+        self._renew()
+        os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Have the lock while inside, also where this thread has it already."""
+        with self._lock:
+            yield

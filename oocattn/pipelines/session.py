@@ -261,8 +261,10 @@ def _layout(plan: Plan, attributes: Mapping[str, Any]) -> Layout:
 
 def _warn_of_space(plan: Plan, paths: ResultPaths) -> None:
     """Say so where the disk has no room for the result now: others may make some while the run computes."""
+    if paths.stored is not None:
+        return
     needed, free = math.ceil(plan.link("write").amount), free_disk(paths.state)
-    if paths.stored is None and needed > free:
+    if needed > free:
         logger.warning(
             "%s: the result takes %s and %s is free on its disk: make room, or the run ends before it is complete",
             paths.result,

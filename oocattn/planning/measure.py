@@ -149,7 +149,7 @@ def plan_here(
     `describe_hardware` and BudgetError as `make_plan`.
     """
     hardware, cores = _hardware_of(dataset, problem, choices, workers, scratch, engine)
-    budgets = _budgets(choices, hardware)
+    device_memory, host_memory = _budgets(choices, hardware)
     make = partial(
         make_plan,
         problem,
@@ -159,14 +159,14 @@ def plan_here(
         checkpoint_seconds=CHECKPOINT_SECONDS if choices.checkpoint_seconds is None else choices.checkpoint_seconds,
         to_store=to_store,
     )
-    share = partial(share_machine, round_rates(hardware), cores, budgets)
-    inputs = input_cost(dataset, problem, budgets[1])
+    share = partial(share_machine, round_rates(hardware), cores, (device_memory, host_memory))
+    inputs = input_cost(dataset, problem, host_memory)
     try:
         chosen = share(partial(make, inputs=inputs))
     except BudgetError:
         if not inputs.ahead:
             raise
-        inputs = input_cost(dataset, problem, budgets[1], ahead=False)
+        inputs = input_cost(dataset, problem, host_memory, ahead=False)
         chosen = share(partial(make, inputs=inputs))
     hardware = with_lanes(hardware, chosen.machine)
     plan = recost(replace(chosen, machine=hardware.machine), hardware.scratch_bytes)

@@ -50,8 +50,13 @@ def reader_of(group: Path | StoredGroup) -> Read:
 
 def group_attributes(group: Path | StoredGroup) -> dict[str, Any]:
     """The attributes of a group; none where no group is. Raises IntegrityError where it is damaged."""
-    found = read_group(reader_of(group), str(group))
-    return {} if found is None else attributes_of(found, str(group))
+    return read_attributes(reader_of(group), str(group))
+
+
+def read_attributes(read: Read, location: str) -> dict[str, Any]:
+    """As `group_attributes`, of the group at the root of a store."""
+    found = read_group(read, location)
+    return {} if found is None else attributes_of(found, location)
 
 
 @dataclass(frozen=True)

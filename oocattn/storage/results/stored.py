@@ -19,7 +19,7 @@ from zarr.storage import FsspecStore
 
 from oocattn.errors import ProblemError, RemoteDeniedError
 from oocattn.storage.locations import Location, describe, parse_location
-from oocattn.storage.nodes import MOST_BYTES, attributes_of, read_group
+from oocattn.storage.nodes import MOST_BYTES, read_attributes
 from oocattn.storage.remote.objects import Objects
 from oocattn.storage.remote.options import StorageOptions
 from oocattn.storage.remote.store import RemoteStore, open_remote, unwrapped_files
@@ -122,8 +122,7 @@ class StoredResult:
         nodes = self._read_nodes()
         if all(found is None for found in nodes.values()):
             return None
-        group = read_group(lambda key: nodes[key] if key in nodes else self.read(key), str(self))
-        return {} if group is None else attributes_of(group, str(self))
+        return read_attributes(lambda key: nodes[key] if key in nodes else self.read(key), str(self))
 
     def _read_nodes(self) -> Mapping[str, bytes | None]:
         """What is at the keys of `NODES`, which are asked for at the same time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import oocattn
 from oocattn.errors import BudgetError, TaskError, TimeLimitError
 from oocattn.pipelines.attempt import Attempt
 from oocattn.pipelines.engines.base import Engine
-from oocattn.pipelines.engines.dask import cluster, tasks
+from oocattn.pipelines.engines.dask import tasks
 from oocattn.pipelines.engines.dask.beats import ignore_beat
 from oocattn.pipelines.engines.dask.cluster import answer, living_workers
 from oocattn.pipelines.engines.inline import InlineEngine
@@ -56,7 +57,7 @@ def test_what_waits_for_a_silent_scheduler_ends_when_the_run_must(monkeypatch: p
     with LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as own, Client(own) as client:
 
         async def never() -> None:
-            await cluster.asyncio.sleep(60)
+            await asyncio.sleep(60)
 
         with pytest.raises(TimeLimitError, match="time is up"):
             answer(client, never, 60, check)
@@ -98,5 +99,5 @@ def test_a_lane_that_cannot_be_opened_leaves_no_folder(tmp_path: Path, monkeypat
     run: Any = SimpleNamespace(journal=SimpleNamespace(mirror=object()), elsewhere=elsewhere)
     worker: Any = SimpleNamespace(id="id", address="tcp://127.0.0.1:1", local_directory=str(tmp_path))
     with pytest.raises(BudgetError, match="no room"):
-        cluster.asyncio.run(tasks.open_lane("abc", run, {"id": "cpu"}, worker))
+        asyncio.run(tasks.open_lane("abc", run, {"id": "cpu"}, worker))
     assert list(tmp_path.iterdir()) == []

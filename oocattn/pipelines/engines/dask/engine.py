@@ -245,15 +245,14 @@ class DaskLanes(Lanes):
     def close(self, seconds: float) -> None:
         workers = self._living_workers(seconds)
         self._ask(close_lane, workers, seconds, NOT_CLOSED)
-        left, topic = False, plugin_name(self._name)
+        topic = plugin_name(self._name)
         if self.is_here:
-            with suppress(Exception):  # the scheduler is gone, or silent, or lacks oocattn
+            try:  # it forgets the topic, too, which to unsubscribe would begin again (distributed 2026.8)
                 check_scheduler(self._client)
                 answer(self._client, lambda: self._client.run_on_scheduler(leave_run, self._name), seconds)
-                left = True  # with the topic: to unsubscribe would begin it again (distributed 2026.8)
-        with suppress(Exception):  # the client is closed
-            if not left:
-                self._client.unsubscribe_topic(topic)
+            except Exception:  # the scheduler is gone, or silent, or lacks oocattn
+                with suppress(Exception):  # the client is closed
+                    self._client.unsubscribe_topic(topic)
         handlers = vars(self._client).get("_event_handlers", {})
         if topic in handlers:  # which Dask keeps; without one it would log each beat that comes late
             handlers[topic] = ignore_beat

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import logging
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -14,7 +13,7 @@ from typing import Any, cast
 from oocattn.errors import ProblemError
 from oocattn.forks import is_forked
 from oocattn.imports import collection_paused
-from oocattn.threads import ThreadPool
+from oocattn.threads import ProcessLock, ThreadPool
 
 with collection_paused():
     import dask
@@ -50,15 +49,7 @@ SETTINGS: dict[str, object] = {
 
 ENCRYPTION = "distributed.comm.require-encryption"
 
-_starting = threading.Lock()  # else two that change Dask's configuration by turns leave it changed
-
-
-def _replace_lock() -> None:
-    global _starting
-    _starting = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_replace_lock)  # another thread may have held it
+_starting = ProcessLock()  # else two that change Dask's configuration by turns leave it changed
 
 
 @contextmanager
@@ -124,7 +115,12 @@ def _start(address: DashboardAddress, workers: int) -> _Cluster:
         _check_descriptors()
         address.check_free()
         # They log that the cluster does not start, but not why, and that its folder for temporary files cannot be locked.
-        with _starting, dask.config.set(SETTINGS), _silent("distributed.deploy.spec"), _silent("distributed.diskutils"):
+        with (
+            _starting.held(),
+            dask.config.set(SETTINGS),
+            _silent("distributed.deploy.spec"),
+            _silent("distributed.diskutils"),
+        ):
             return _Cluster(  # type: ignore[no-untyped-call]
                 n_workers=workers,
                 threads_per_worker=THREADS,
