@@ -1,6 +1,7 @@
 """Threads of our own. All are daemons: one that hangs, on a file system or a GPU, keeps no interpreter from its exit.
 
-Python joins the threads of its own pools at exit, and would wait without end as well.
+Python joins the threads of its own pools at exit, and would wait without end as well. A fork has none of them, but the locks
+that they held.
 """
 
 from __future__ import annotations
